@@ -1,0 +1,316 @@
+"""Datalists: which volumes train, validate and test.
+
+python -m scripts.datalist build --data_dir D --pattern '*.nii.gz' --val_fraction 0.1 --output data/datalist_ct.json
+python -m scripts.datalist check data/datalist_ct.json
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from pathlib import Path
+
+import fire
+import numpy as np
+from tqdm import tqdm
+
+from scripts import errors
+from scripts.errors import UserError
+from scripts.nifti import CT_WINDOW, Header, read_header, read_nifti
+
+SPLITS = ("training", "validation", "testing")
+CLASSES = ("ct", "mri")
+Datalist = dict[str, list[dict[str, str]]]
+
+
+def _find(folder: str, pattern: str) -> list[Path]:
+    root = Path(folder)
+    if not root.is_dir():
+        raise UserError(f"{folder}: no such folder; correct --train_dir, --val_dir, --test_dir or --data_dir")
+    found = sorted(path for path in root.rglob(pattern) if path.is_file())
+    if not found:
+        raise UserError(f"{folder}: no file matches the pattern {pattern!r}; correct --pattern (quote it)")
+    return found
+
+
+def _split(
+    files: Sequence[Path], fractions: Mapping[str, float], seed: int, group_by: str | None
+) -> dict[str, list[Path]]:
+    """Deal groups of files (one group a patient) to the splits, at random, until each has its share of files."""
+    groups: dict[str, list[Path]] = {}
+    for file in files:
+        match = re.search(group_by, str(file)) if group_by else None
+        if group_by and match is None:
+            raise UserError(f"{file}: --group_by {group_by!r} finds nothing in this path; correct the expression")
+        key = (match.group(1) if match.re.groups else match.group(0)) if match else str(file)
+        groups.setdefault(key, []).append(file)
+    names = sorted(groups)
+    order = np.random.default_rng(seed).permutation(len(names))
+    splits: dict[str, list[Path]] = {split: [] for split in SPLITS}
+    for index in order:
+        group = groups[names[index]]
+        takes = (s for s in ("validation", "testing") if len(splits[s]) < round(fractions[s] * len(files)))
+        splits[next(takes, "training")] += group
+    return splits
+
+
+def build(
+    output: str = "data/datalist_ct.json",
+    train_dir: str | None = None,
+    val_dir: str | None = None,
+    test_dir: str | None = None,
+    data_dir: str | None = None,
+    pattern: str = "*.nii.gz",
+    val_fraction: float = 0.1,
+    test_fraction: float = 0.1,
+    seed: int = 0,
+    group_by: str | None = None,
+    relative_to: str | None = None,
+    modality: str = "ct",
+) -> None:
+    """Write a datalist from a folder for each split, or from one folder that is split at random.
+
+    Args:
+        output: the JSON file to write; the same input gives the same bytes.
+        train_dir: folder of the training volumes, searched with its subfolders (so are the others).
+        val_dir: folder of the validation volumes.
+        test_dir: folder of the test volumes; may be left out.
+        data_dir: one folder for all, instead of the three.
+        pattern: which files, as a glob; quote it.
+        val_fraction: share of the files of `data_dir` to validate on.
+        test_fraction: share of the files of `data_dir` to test on.
+        seed: of the random split.
+        group_by: regular expression on the path; files with the same match (its first group, if it has one)
+            land in one split, so that no patient is in two.
+        relative_to: write paths relative to this folder instead of absolute.
+        modality: `class` of the entries, "ct" or "mri".
+    """
+    if modality not in CLASSES:
+        raise UserError(f"--modality {modality!r} is unknown; use one of {', '.join(CLASSES)}")
+    if data_dir is not None:
+        if train_dir or val_dir or test_dir:
+            raise UserError("--data_dir excludes --train_dir, --val_dir and --test_dir; give one or the other")
+        if min(val_fraction, test_fraction) < 0 or val_fraction + test_fraction >= 1:
+            raise UserError(f"--val_fraction {val_fraction} and --test_fraction {test_fraction} leave no training data")
+        fractions = {"validation": val_fraction, "testing": test_fraction}
+        splits = _split(_find(data_dir, pattern), fractions, seed, group_by)
+    elif train_dir and val_dir:
+        folders = dict(zip(SPLITS, (train_dir, val_dir, test_dir), strict=True))
+        splits = {split: _find(folder, pattern) if folder else [] for split, folder in folders.items()}
+    else:
+        raise UserError("give --train_dir and --val_dir (and --test_dir), or --data_dir")
+    _warn_shared_files(splits)
+    datalist = {split: [_entry(f, relative_to, modality) for f in sorted(files)] for split, files in splits.items()}
+    target = Path(output)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    part = target.with_name(f".part-{target.name}")
+    part.write_text(json.dumps(datalist, indent=4, ensure_ascii=False) + "\n", encoding="utf-8")
+    part.replace(target)
+    for split, files in splits.items():
+        print(f"{split:<10} {len(files):>6} files {sum(f.stat().st_size for f in files) / 1e9:>9.2f} GB")
+    print(f"datalist written to {target}")
+
+
+def _entry(path: Path, relative_to: str | None, modality: str) -> dict[str, str]:
+    absolute = os.path.abspath(path)  # noqa: PTH100 (keeps links, which resolve() would not)
+    return {"image": os.path.relpath(absolute, relative_to) if relative_to else absolute, "class": modality}
+
+
+def _warn_shared_files(splits: Mapping[str, Sequence[Path]]) -> None:
+    owner: dict[Path, str] = {}
+    for split, files in splits.items():
+        for file in files:
+            other = owner.setdefault(file.resolve(), split)
+            if other != split:
+                raise UserError(f"{file}: is in {other} and in {split}; a volume may be in one split only")
+
+
+def load(path: str | Path, base_dir: str | Path | None = None) -> Datalist:
+    """Read and check a datalist; relative paths are made absolute.
+
+    Args:
+        path: a JSON file with the lists `training`, `validation` and perhaps `testing`, of entries
+            `{"image": path, "class": "ct" or "mri"}` (`class` may be left out: "ct").
+        base_dir: what relative paths are relative to: this folder, where the volume is there, else the
+            datalist's own folder.
+
+    Raises:
+        UserError: naming the file and the key, what is wrong and what to do.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such datalist; make one with python -m scripts.datalist build")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: is not JSON ({error}); build it with python -m scripts.datalist build") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: holds a {type(content).__name__}, not an object with the lists {', '.join(SPLITS)}")
+    for key in content:
+        if key not in SPLITS and not isinstance(content[key], list):
+            continue  # descriptions, such as the `name` of a Decathlon datalist
+        if key not in SPLITS:
+            raise UserError(f"{path}: unknown list {key!r}{_suggest(key, SPLITS)}; the lists are {', '.join(SPLITS)}")
+    folders = [Path(base_dir)] if base_dir else []
+    folders.append(path.parent)
+    splits: Datalist = {}
+    for split in SPLITS:
+        entries = content.get(split, [])
+        if not isinstance(entries, list):
+            raise UserError(f"{path}: {split!r} is a {type(entries).__name__}, not a list of entries")
+        splits[split] = [_checked_entry(e, f"{path}: {split}[{i}]", folders) for i, e in enumerate(entries)]
+    return splits
+
+
+def _suggest(key: str, known: Sequence[str]) -> str:
+    close = get_close_matches(key, known, n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def _checked_entry(entry: object, where: str, folders: Sequence[Path]) -> dict[str, str]:
+    known = ("image", "class")
+    if not isinstance(entry, dict):
+        raise UserError(f"{where} is a {type(entry).__name__}, not an object like {{'image': path, 'class': 'ct'}}")
+    for key in entry:
+        if key not in known and (get_close_matches(key, known) or "image" not in entry):
+            raise UserError(f"{where} has the unknown key {key!r}{_suggest(key, known)}; the keys are image and class")
+    image, modality = entry.get("image"), entry.get("class", "ct")
+    if not isinstance(image, str) or not image:
+        raise UserError(f"{where} has no image path (image is {image!r}); give the path of a .nii.gz file")
+    if not isinstance(modality, str) or modality.lower() not in CLASSES:
+        raise UserError(f"{where} has class {modality!r}; use one of {', '.join(CLASSES)}")
+    if not Path(image).is_absolute():
+        image = next((str((f / image).absolute()) for f in folders if (f / image).exists()), str(folders[-1] / image))
+    return {"image": image, "class": modality.lower()}
+
+
+def require(datalist: Datalist, split: str, path: str | Path) -> list[dict[str, str]]:
+    """The entries of `split`; a UserError that names the datalist where there are none."""
+    if not datalist[split]:
+        raise UserError(f"{path}: the list {split!r} is empty or missing; add volumes to it")
+    return datalist[split]
+
+
+def shared_volumes(datalist: Datalist) -> list[str]:
+    """Volumes that are in more than one split, or in one split twice, as sentences."""
+    owner: dict[str, str] = {}
+    found = []
+    for split, entries in datalist.items():
+        for entry in entries:
+            real = str(Path(entry["image"]).resolve())
+            if real in owner:
+                twice = f"is in {split} twice" if owner[real] == split else f"is in {owner[real]} and in {split}"
+                found.append(f"{entry['image']}: {twice}")
+            owner[real] = split
+    return found
+
+
+def check_headers(entries: Sequence[Mapping[str, str]], num_workers: int = 16, progress: bool = True) -> list[Header]:
+    """The headers of all entries, read in parallel.
+
+    Raises:
+        UserError: naming the first broken volume, and how many more there are.
+    """
+
+    def one(entry: Mapping[str, str]) -> Header | UserError:
+        try:
+            return read_header(entry["image"], entry["class"])
+        except UserError as error:
+            return error
+
+    with ThreadPoolExecutor(num_workers) as pool:
+        bar = tqdm(entries, desc="headers", unit="volume", leave=False, disable=not progress)
+        results = list(pool.map(one, bar))
+    broken = [r for r in results if isinstance(r, UserError)]
+    if broken:
+        more = f" ({len(broken) - 1} more; python -m scripts.datalist check lists them all)" if len(broken) > 1 else ""
+        raise UserError(f"{broken[0]}{more}")
+    return [r for r in results if isinstance(r, Header)]
+
+
+@dataclass
+class Report:
+    """What `check` found out about one volume; `problems` stop training, `warnings` do not."""
+
+    text: str
+    problems: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+
+def examine(entry: Mapping[str, str]) -> Report:
+    """Read one volume whole and describe it: size, spacing (mm), orientation, dtype, percentiles, window share."""
+    path, modality = entry["image"], entry["class"]
+    try:
+        header = read_header(path, modality)
+        data, _ = read_nifti(path, modality)
+    except UserError as error:
+        return Report(f"{path}", problems=[str(error)])
+    low, median, high = np.percentile(data, (1, 50, 99))
+    outside = float(((data < CT_WINDOW[0]) | (data > CT_WINDOW[1])).mean())
+    size = " x ".join(map(str, header.shape))
+    spacing = " x ".join(f"{s:.3g}" for s in header.spacing)
+    report = Report(
+        f"{path}  {modality}  {size}  {spacing} mm  {header.axcodes}  {header.dtype}  "
+        f"p1 {low:.0f}  p50 {median:.0f}  p99 {high:.0f}  outside window {outside:.1%}"
+    )
+    if data.min() == data.max():
+        report.problems.append(f"{path}: is constant (every voxel {data.min():g}); remove it from the datalist")
+    elif modality == "ct":
+        if data.max() > 30000:
+            report.problems.append(
+                f"{path}: reaches {data.max():.0f}; uint16 overflow or wrong scaling; convert it again"
+            )
+        elif data.min() > -200:
+            report.warnings.append(f"{path}: minimum {data.min():.0f} HU, no air; is it rescaled to HU?")
+        if outside > 0.5:
+            report.warnings.append(f"{path}: {outside:.0%} of the voxels lie outside -1000..1000 HU")
+    if min(header.shape) < 16:
+        report.warnings.append(f"{path}: only {min(header.shape)} slices along one axis; patches will be padded")
+    return report
+
+
+def check(file: str, num_workers: int = 4, strict: bool = False) -> None:
+    """Open every volume of the datalist FILE, report, and exit with status 1 where training would fail.
+
+    Args:
+        file: the datalist.
+        num_workers: volumes read at a time.
+        strict: let warnings fail as well.
+    """
+    datalist = load(file)
+    require(datalist, "training", file)
+    require(datalist, "validation", file)
+    problems: list[str] = []
+    warnings = shared_volumes(datalist)
+    for split, entries in datalist.items():
+        if not entries:
+            continue
+        with ThreadPoolExecutor(num_workers) as pool:
+            reports = list(tqdm(pool.map(examine, entries), total=len(entries), desc=split, unit="volume"))
+        print(f"\n{split}: {len(entries)} volumes")
+        for report in reports:
+            print(f"  {report.text}")
+            problems += report.problems
+            warnings += report.warnings
+    for warning in warnings:
+        print(f"warning: {warning}")
+    for problem in problems:
+        print(f"problem: {problem}")
+    failed = problems + (warnings if strict else [])
+    print(f"{len(problems)} problems, {len(warnings)} warnings")
+    if failed:
+        raise UserError(f"{file}: {len(failed)} of its volumes would fail; first: {failed[0]}")
+
+
+def main() -> None:
+    errors.install()
+    fire.Fire({"build": build, "check": check})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,155 @@
+"""NIfTI files as they come: what can be told from the header, and a whole volume in canonical orientation."""
+
+from __future__ import annotations
+
+import gzip
+import os
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+
+from scripts.errors import UserError
+
+CT_WINDOW = (-1000.0, 1000.0)  # HU, mapped to 0..1, as MAISI does
+
+
+@dataclass(frozen=True)
+class Header:
+    """What the header of a NIfTI file says: `shape` (voxels) and `spacing` (mm) in the file's own axis order."""
+
+    path: Path
+    shape: tuple[int, ...]
+    spacing: tuple[float, ...]
+    axcodes: str
+    dtype: str
+
+
+def _open_nifti(path: Path) -> nib.Nifti1Image:
+    remedy = "remove it from the datalist or replace the file"
+    if not path.exists():
+        raise UserError(f"{path}: no such file; correct the path in the datalist")
+    if path.is_dir():
+        raise UserError(f"{path}: is a directory, not a NIfTI file; {remedy}")
+    if path.stat().st_size == 0:
+        raise UserError(f"{path}: is empty (0 bytes); {remedy}")
+    try:
+        image = nib.load(path)
+    except PermissionError as error:
+        raise UserError(f"{path}: cannot be read (permission denied); chmod it or run as its owner") from error
+    except Exception as error:
+        raise UserError(f"{path}: is not a readable NIfTI file ({_reason(error)}); {remedy}") from error
+    if not isinstance(image, nib.Nifti1Image):
+        raise UserError(f"{path}: is {type(image).__name__}, not NIfTI; convert it to .nii.gz")
+    return image
+
+
+def _reason(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _spatial_shape(image: nib.Nifti1Image, path: Path, modality: str) -> tuple[int, int, int]:
+    shape = tuple(int(n) for n in image.shape)
+    if len(shape) == 4 and (shape[3] == 1 or modality == "mri"):
+        shape = shape[:3]
+    if len(shape) != 3:
+        raise UserError(f"{path}: has shape {shape}, not 3D; split it into 3D volumes or remove it from the datalist")
+    return shape
+
+
+def read_header(path: str | Path, modality: str = "ct") -> Header:
+    """Check what can be checked without decompressing: existence, format, 3D, affine, completeness.
+
+    A truncated `.nii.gz` is found by its last four bytes, which hold the uncompressed size (RFC 1952); only
+    where they disagree with the header is the file decompressed to decide.
+
+    Raises:
+        UserError: naming the file, what is wrong and what to do.
+    """
+    path = Path(path)
+    image = _open_nifti(path)
+    shape = _spatial_shape(image, path, modality)
+    affine = image.affine
+    if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
+        raise UserError(f"{path}: its affine is singular ({affine[:3, :3].tolist()}); repair the header's qform/sform")
+    _check_complete(path, image)
+    spacing = tuple(float(s) for s in nib.affines.voxel_sizes(affine))
+    axcodes = "".join(nib.aff2axcodes(affine))
+    return Header(path, shape, spacing, axcodes, str(image.get_data_dtype()))
+
+
+def _check_complete(path: Path, image: nib.Nifti1Image) -> None:
+    offset = int(getattr(image.dataobj, "offset", 0))
+    expected = offset + int(np.prod(image.shape, dtype=np.int64)) * image.get_data_dtype().itemsize
+    if path.suffix != ".gz":
+        if path.suffix == ".nii" and path.stat().st_size < expected:
+            raise _truncated(path, path.stat().st_size, expected)
+        return
+    with path.open("rb") as file:
+        file.seek(-4, os.SEEK_END)
+        stored = int.from_bytes(file.read(4), "little")
+    if stored == expected % 2**32:
+        return
+    size = 0
+    try:
+        with gzip.open(path) as stream:
+            while block := stream.read(1 << 24):
+                size += len(block)
+    except (EOFError, OSError, zlib.error) as error:
+        raise _truncated(path, size, expected) from error
+    if size < expected:
+        raise _truncated(path, size, expected)
+
+
+def _truncated(path: Path, size: int, expected: int) -> UserError:
+    return UserError(f"{path}: is truncated or damaged ({size} of {expected} bytes readable); copy it again")
+
+
+def read_nifti(path: str | Path, modality: str = "ct", select_channel: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Read a whole volume in the closest canonical orientation.
+
+    Args:
+        path: a 3D NIfTI file; 4D is allowed for `modality` "mri", of which `select_channel` is taken.
+        modality: "ct" or "mri".
+        select_channel: index into the fourth axis.
+
+    Returns:
+        (X, Y, Z) array, int16 where every value is an integer in range, else float32 (HU for CT), and the
+        4 x 4 affine (mm) of that array in RAS+.
+
+    Raises:
+        UserError: naming the file, what is wrong and what to do.
+    """
+    path = Path(path)
+    image = _open_nifti(path)
+    _spatial_shape(image, path, modality)
+    try:
+        data = np.asanyarray(image.dataobj)
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise UserError(f"{path}: is truncated or damaged ({_reason(error)}); copy it again") from error
+    if data.ndim == 4:
+        channel = select_channel if modality == "mri" else 0
+        if channel >= data.shape[3]:
+            raise UserError(f"{path}: has {data.shape[3]} channels, but select_channel is {channel}; lower it")
+        data = data[..., channel]
+    data = _narrow(data, path)
+    canonical = nib.as_closest_canonical(nib.Nifti1Image(data, image.affine))
+    return np.asanyarray(canonical.dataobj), canonical.affine
+
+
+def _narrow(data: np.ndarray, path: Path) -> np.ndarray:
+    if data.dtype == np.int16:
+        return data
+    low, high = data.min(), data.max()
+    if not (np.isfinite(low) and np.isfinite(high)):
+        raise UserError(f"{path}: has voxels that are not finite (NaN or infinite); repair or remove the file")
+    limits = np.iinfo(np.int16)
+    if limits.min <= low and high <= limits.max:
+        integers = data.astype(np.int16)
+        if data.dtype.kind in "iub" or np.array_equal(integers, data):
+            return integers
+    return data.astype(np.float32)

@@ -1,0 +1,171 @@
+"""Synthetic thorax-like CT volumes in Hounsfield units, for the demo and the tests.
+
+python -m scripts.phantom write --output_dir data/phantom --count 12
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import fire
+import nibabel as nib
+import numpy as np
+from nibabel.orientations import axcodes2ornt, inv_ornt_aff, ornt_transform
+from tqdm import tqdm
+
+# Hounsfield units of the tissues, rounded from any CT textbook.
+AIR, LUNG, FAT, MUSCLE, BLOOD, LIVER, BONE, MARROW, DISC = -1000, -850, -100, 50, 160, 65, 700, 250, 90
+
+Point = Sequence[float] | np.ndarray
+
+
+class _Canvas:
+    """A float32 volume in HU with coordinates in mm about its centre; shapes are painted one over another."""
+
+    def __init__(self, shape: Sequence[int], spacing: Sequence[float]) -> None:
+        axes = [(np.arange(n, dtype=np.float32) - (n - 1) / 2) * s for n, s in zip(shape, spacing, strict=True)]
+        self.x, self.y, self.z = np.meshgrid(*axes, indexing="ij", sparse=True)
+        self.hu = np.full(tuple(shape), AIR, dtype=np.float32)
+
+    def paint(self, mask: np.ndarray, hu: float) -> None:
+        np.copyto(self.hu, hu, where=mask)
+
+    def ellipse(self, centre: Point, radii: Point) -> np.ndarray:
+        """Squared radius (1 on the border) of an elliptic cylinder along z."""
+        return ((self.x - centre[0]) / radii[0]) ** 2 + ((self.y - centre[1]) / radii[1]) ** 2
+
+    def ellipsoid(self, centre: Point, radii: Point) -> np.ndarray:
+        return self.ellipse(centre, radii) + ((self.z - centre[2]) / radii[2]) ** 2
+
+    def tube(self, start: np.ndarray, end: np.ndarray, radius: float, hu: float) -> None:
+        """A straight vessel, painted in its own bounding box only."""
+        box = []
+        for axis, grid in enumerate((self.x, self.y, self.z)):
+            line = grid.ravel()
+            low, high = min(start[axis], end[axis]) - radius, max(start[axis], end[axis]) + radius
+            box.append(slice(*np.searchsorted(line, (low, high))))
+        if any(s.start >= s.stop for s in box):
+            return
+        x, y, z = self.x[box[0]], self.y[:, box[1]], self.z[:, :, box[2]]
+        direction = (end - start) / max(float(np.linalg.norm(end - start)), 1e-6)
+        along = (x - start[0]) * direction[0] + (y - start[1]) * direction[1] + (z - start[2]) * direction[2]
+        distance2 = (x - start[0]) ** 2 + (y - start[1]) ** 2 + (z - start[2]) ** 2 - along**2
+        np.copyto(self.hu[tuple(box)], hu, where=distance2 < radius**2)
+
+
+def _vessel_tree(
+    canvas: _Canvas, rng: np.random.Generator, start: np.ndarray, direction: np.ndarray, radius: float, depth: int
+) -> None:
+    end = start + direction * radius * rng.uniform(5, 8)
+    canvas.tube(start, end, radius, BLOOD - 110)
+    if depth > 0:
+        for _ in range(2):
+            turned = direction + rng.normal(0, 0.55, 3)
+            _vessel_tree(canvas, rng, end, turned / np.linalg.norm(turned), radius * 0.72, depth - 1)
+
+
+def _paint_skeleton(canvas: _Canvas, rng: np.random.Generator, chest: np.ndarray, body: np.ndarray) -> None:
+    spine = np.array([0.0, -0.62 * body[1], 0.0])
+    vertebra, pitch = 0.13 * body[0], rng.uniform(24, 30)
+    phase = np.mod(canvas.z / pitch + rng.uniform(), 1.0)
+    column = canvas.ellipse(spine, (vertebra, 0.8 * vertebra))
+    canvas.paint(column < 1, BONE)
+    canvas.paint(column < 0.75, MARROW)
+    canvas.paint((column < 0.9) & (phase < 0.2), DISC)
+    canal = spine - [0, 1.35 * vertebra, 0]
+    canvas.paint(canvas.ellipse(canal, (0.7 * vertebra, 0.6 * vertebra)) < 1, BONE)
+    canvas.paint(canvas.ellipse(canal, (0.45 * vertebra, 0.4 * vertebra)) < 1, 20)
+    # Ribs: bands of the chest wall that fall from back to front.
+    shell = np.sqrt(chest)
+    band = np.mod((canvas.z + rng.uniform(0.3, 0.5) * canvas.y) / pitch, 1.0)
+    canvas.paint((np.abs(shell - 1.06) < 0.045) & (band < 0.33) & (np.abs(canvas.x) > 0.12 * body[0]), BONE)
+    canvas.paint(canvas.ellipse((0, 0.84 * body[1], 0), (0.1 * body[0], 0.05 * body[1])) < 1, MARROW)
+
+
+def make_phantom(
+    shape: Sequence[int] = (96, 96, 96), spacing: Sequence[float] = (4.0, 4.0, 4.0), seed: int = 0
+) -> np.ndarray:
+    """A thorax in RAS axes: body wall, lungs with vessels, heart, aorta, liver, spine, ribs, table, noise.
+
+    Args:
+        shape: voxels along x (left to right), y (back to front) and z (feet to head).
+        spacing: voxel size in mm; 1 mm to 5 mm look sensible.
+        seed: chooses the anatomy and the noise; the same seed gives the same volume.
+
+    Returns:
+        int16 array of `shape` in HU, within -1024..1500.
+    """
+    rng = np.random.default_rng(seed)
+    canvas = _Canvas(shape, spacing)
+    extent = np.array(shape) * np.array(spacing) / 2
+    body = extent[:2] * rng.uniform([0.80, 0.62], [0.92, 0.74])
+    outline = canvas.ellipse((0, 0), body)
+    canvas.paint(outline < 1, FAT + rng.normal(0, 8))
+    wall = canvas.ellipse((0, 0), body - rng.uniform(5, 22))
+    canvas.paint(wall < 1, MUSCLE + rng.normal(0, 6))
+    inner = 0.78 * body
+    chest = canvas.ellipse((0, 0.02 * body[1]), inner)
+    diaphragm = -extent[2] * rng.uniform(0.25, 0.6)
+    lung = rng.uniform(-20, 20) + LUNG
+    for side in (-1, 1):
+        centre = (side * 0.52 * inner[0], 0.0, diaphragm + 0.75 * extent[2])
+        lobe = canvas.ellipsoid(centre, (0.43 * inner[0], 0.82 * inner[1], 0.95 * extent[2]))
+        dome = diaphragm + 0.25 * extent[2] * (1 - ((canvas.x - centre[0]) / (0.5 * inner[0])) ** 2)
+        canvas.paint((lobe < 1) & (canvas.z > dome), lung)
+        hilum = np.array([side * 0.2 * inner[0], 0.0, 0.1 * extent[2]])
+        for _ in range(4):
+            direction = np.array([side, rng.normal(0, 0.6), rng.normal(0, 0.7)])
+            _vessel_tree(canvas, rng, hilum, direction / np.linalg.norm(direction), 0.05 * inner[0], 5)
+    heart = np.array([-0.16 * inner[0], 0.2 * inner[1], diaphragm + 0.35 * extent[2]])
+    canvas.paint(canvas.ellipsoid(heart, (0.36 * inner[0], 0.42 * inner[1], 0.4 * extent[2])) < 1, BLOOD - 90)
+    canvas.paint(canvas.ellipsoid(heart, (0.2 * inner[0], 0.25 * inner[1], 0.22 * extent[2])) < 1, BLOOD)
+    liver = (0.3 * inner[0], 0.05 * inner[1], diaphragm - 0.4 * extent[2])
+    organ = canvas.ellipsoid(liver, (0.6 * inner[0], 0.75 * inner[1], 0.6 * extent[2]))
+    canvas.paint((organ < 1) & (chest < 1), LIVER + rng.normal(0, 8))
+    _paint_skeleton(canvas, rng, chest, body)
+    canvas.paint(canvas.ellipse((-0.12 * inner[0], -0.42 * body[1]), (0.09 * inner[0],) * 2) < 1, BLOOD)
+    canvas.paint((canvas.y < -body[1] - 8) & (canvas.y > -body[1] - 14) & (np.abs(canvas.x) < 0.7 * body[0]), -300)
+    canvas.hu += rng.standard_normal(canvas.hu.shape, dtype=np.float32) * rng.uniform(8, 20)
+    return np.clip(np.rint(canvas.hu), -1024, 1500).astype(np.int16)
+
+
+def phantom_image(
+    shape: Sequence[int] = (96, 96, 96),
+    spacing: Sequence[float] = (4.0, 4.0, 4.0),
+    seed: int = 0,
+    axcodes: str = "LPS",
+) -> nib.Nifti1Image:
+    """`make_phantom` as a NIfTI image stored in the orientation `axcodes`, with a scanner-like affine in mm."""
+    affine = np.diag([*spacing, 1.0])
+    affine[:3, 3] = -(np.array(shape) - 1) / 2 * np.array(spacing) + [0, -150, 800]
+    data = make_phantom(shape, spacing, seed)
+    change = ornt_transform(axcodes2ornt(("R", "A", "S")), axcodes2ornt(tuple(axcodes)))
+    data = nib.orientations.apply_orientation(data, change)
+    image = nib.Nifti1Image(np.asarray(data, dtype=np.int16), affine @ inv_ornt_aff(change, shape))
+    image.header.set_xyzt_units("mm")
+    return image
+
+
+def write(
+    output_dir: str,
+    count: int = 12,
+    shape: Sequence[int] = (96, 96, 96),
+    spacing: Sequence[float] = (4.0, 4.0, 4.0),
+    seed: int = 0,
+    axcodes: str = "LPS",
+) -> list[str]:
+    """Write `count` phantoms as `output_dir/phantom_000.nii.gz`, ...; what is there already is kept."""
+    folder = Path(output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"phantom_{i:03d}.nii.gz" for i in range(count)]
+    for i, path in enumerate(tqdm(paths, desc="phantoms", unit="volume")):
+        if not path.exists():
+            part = path.with_name(f".part-{path.name}")
+            nib.save(phantom_image(shape, spacing, seed + i, axcodes), part)
+            part.replace(path)
+    return [str(p) for p in paths]
+
+
+if __name__ == "__main__":
+    fire.Fire({"write": write}, serialize=lambda paths: f"{len(paths)} phantoms in {Path(paths[0]).parent}")

@@ -1,0 +1,51 @@
+"""Tiny, seeded volumes: not cubic, with affines that are not the identity."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from scripts.phantom import make_phantom
+
+REAL_CT = Path(__file__).resolve().parents[2] / "shared" / "ct"
+
+
+def save_nifti(path: Path, data: np.ndarray, affine: np.ndarray | None = None) -> Path:
+    affine = np.diag([2.0, 2.0, 2.5, 1.0]) if affine is None else affine
+    nib.save(nib.Nifti1Image(data, affine), path)
+    return path
+
+
+def oriented_affine(axcodes: str, spacing: tuple[float, float, float]) -> np.ndarray:
+    """An affine whose voxel axes point along `axcodes`, with an offset."""
+    affine = np.zeros((4, 4))
+    letters = {"R": (0, 1), "L": (0, -1), "A": (1, 1), "P": (1, -1), "S": (2, 1), "I": (2, -1)}
+    for axis, code in enumerate(axcodes):
+        world, sign = letters[code]
+        affine[world, axis] = sign * spacing[axis]
+    affine[:, 3] = [12.5, -30.0, 101.0, 1.0]
+    return affine
+
+
+@pytest.fixture(scope="session")
+def phantoms(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Eight phantoms of 40 x 36 x 44 voxels, LPS, 8 x 8 x 9 mm."""
+    folder = tmp_path_factory.mktemp("phantoms")
+    affine = oriented_affine("LPS", (8.0, 8.0, 9.0))
+    return [
+        save_nifti(folder / f"phantom {i}.nii.gz", make_phantom((40, 36, 44), (8, 8, 9), seed=i), affine)
+        for i in range(8)
+    ]
+
+
+@pytest.fixture
+def datalist(phantoms: list[Path], tmp_path: Path) -> Path:
+    """Four volumes to train, two to validate, two to test."""
+    entries = [{"image": str(p), "class": "ct"} for p in phantoms]
+    path = tmp_path / "datalist.json"
+    path.write_text(json.dumps({"training": entries[:4], "validation": entries[4:6], "testing": entries[6:]}))
+    return path
