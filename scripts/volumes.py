@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import multiprocessing
 import shutil
 import uuid
@@ -17,11 +18,15 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
+from typing import Any
 
 import blosc2
 import fire
 import nibabel as nib
 import numpy as np
+import torch
+from monai.transforms import ResizeWithPadOrCrop
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from scripts import errors
@@ -126,6 +131,49 @@ class Volume:
         scaled -= np.float32(low)
         scaled /= np.float32(high - low)
         return scaled
+
+
+class VolumeDataset(Dataset):
+    """Whole volumes, normalised, without augmentation, for validation.
+
+    Args:
+        data: datalist entries.
+        store_dir: folder of the converted volumes; what is missing there is converted on first use.
+        select_channel: of 4D MRI volumes.
+        patch_size: centre crop in voxels, padded with 0 where the volume is smaller; None for the whole volume.
+    """
+
+    def __init__(
+        self,
+        data: Sequence[Mapping[str, str]],
+        store_dir: str | Path,
+        select_channel: int = 0,
+        patch_size: Sequence[int] | None = None,
+    ) -> None:
+        self.data, self.store_dir, self.select_channel = data, store_dir, select_channel
+        self.crop = None if patch_size is None else ResizeWithPadOrCrop(patch_size)
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def voxels(self, index: int) -> int:
+        """How many voxels volume `index` has."""
+        return math.prod(Volume.of(self.data[index], self.store_dir, self.select_channel).shape)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """A whole volume.
+
+        Returns:
+            `image`, (1, X, Y, Z) float32 in RAS, CT in [0, 1]; `path`; `spacing` (3,) in mm; `range`, what 1.0 is in
+            HU (in stored intensity for MRI).
+        """
+        entry = self.data[index]
+        volume = Volume.of(entry, self.store_dir, self.select_channel)
+        image = torch.from_numpy(volume.normalise(volume.read([slice(0, n) for n in volume.shape])))[None]
+        if self.crop is not None:
+            image = torch.as_tensor(self.crop(image))
+        intensity_range = volume.window[1] - volume.window[0]
+        return {"image": image, "path": entry["image"], "spacing": volume.spacing, "range": intensity_range}
 
 
 def prepare(

@@ -1,0 +1,162 @@
+"""Whole-volume validation: reconstruct from the posterior mean, window by window, and measure."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from ignite.engine import Events
+from monai.engines import Evaluator
+from monai.inferers import Inferer, SlidingWindowInferer
+from monai.metrics.regression import compute_ssim_and_cs
+from torch import nn
+from torch.utils.data import DataLoader
+
+from scripts.trainer import amp_dtype
+
+
+class VolumeInferer(SlidingWindowInferer):
+    """`SlidingWindowInferer` for autoencoders: windows no larger than the volume, volumes of any size.
+
+    Windows are stitched on the CPU, so the device holds one window, whatever the volume's size.
+
+    Args:
+        roi_size: window in voxels; None takes the volume in one piece.
+        factor: of the network; volumes are padded with 0 to multiples of it.
+        kwargs: for `monai.inferers.SlidingWindowInferer`: `overlap`, `mode`, `sw_device`, ...
+    """
+
+    def __init__(self, roi_size: list[int] | None = None, factor: int = 4, **kwargs: Any) -> None:
+        super().__init__(roi_size or [0, 0, 0], **{"device": torch.device("cpu"), **kwargs})
+        self.window, self.factor = roi_size, factor
+
+    def __call__(self, inputs: torch.Tensor, network: Any, *args: Any, **kwargs: Any) -> Any:
+        """Reconstruction cropped to the size of `inputs` (B, 1, X, Y, Z), and the latents of the padded volume."""
+        size = inputs.shape[2:]
+        short = [-n % self.factor for n in size]
+        padded = F.pad(inputs, [p for s in reversed(short) for p in (s // 2, s - s // 2)])
+        self.roi_size = [min(w, n) for w, n in zip(self.window or padded.shape[2:], padded.shape[2:], strict=True)]
+        reconstruction, *latents = super().__call__(padded, network, *args, **kwargs)
+        start = [s // 2 for s in short]
+        box = [slice(a, a + n) for a, n in zip(start, size, strict=True)]
+        return (reconstruction[:, :, box[0], box[1], box[2]], *latents)
+
+
+class LatentHealth:
+    """Running statistics of posterior means and standard deviations over all validation latents."""
+
+    def __init__(self) -> None:
+        self.count, self.sum, self.square, self.noise = 0, torch.zeros(1), torch.zeros(1), 0.0
+
+    def update(self, mu: torch.Tensor, sigma: torch.Tensor) -> None:
+        """Add latents (B, C, X, Y, Z)."""
+        values = mu.double()
+        self.count += values[:, 0].numel()
+        self.sum = self.sum + values.sum((0, 2, 3, 4)).cpu()
+        self.square = self.square + values.square().sum((0, 2, 3, 4)).cpu()
+        self.noise += float(sigma.double().square().sum()) / mu.shape[1]
+
+    def compute(self) -> dict[str, float]:
+        """`scale_factor` (1 / std over all), `latent_std_<channel>`, and `posterior_noise_share` of the variance."""
+        mean, square = self.sum / self.count, self.square / self.count
+        variance = float(square.mean() - mean.mean() ** 2)
+        noise = self.noise / self.count
+        health = {
+            "scale_factor": 1 / math.sqrt(max(variance, 1e-20)),
+            "posterior_noise_share": noise / max(variance + noise, 1e-20),
+        }
+        deviations = (square - mean**2).clamp(min=0).sqrt()
+        return health | {f"latent_std_{channel}": float(std) for channel, std in enumerate(deviations)}
+
+
+def reconstruction_metrics(
+    reconstruction: torch.Tensor, target: torch.Tensor, intensity_range: float
+) -> dict[str, float]:
+    """PSNR (dB) and SSIM of range 1, and the mean absolute error in HU, of one volume.
+
+    Args:
+        reconstruction: (1, 1, X, Y, Z).
+        target: in the same shape, normalised.
+        intensity_range: what 1.0 is in HU.
+    """
+    error = reconstruction.float() - target
+    window = min(11, *target.shape[2:])
+    window -= 1 - window % 2
+    ssim, _ = compute_ssim_and_cs(
+        reconstruction.float(), target, 3, [window] * 3, [1.5] * 3, data_range=1.0, kernel_type="gaussian"
+    )
+    return {
+        "psnr": -10 * math.log10(max(float(error.square().mean()), 1e-12)),
+        "ssim": float(ssim.mean()),
+        "mae_hu": float(error.abs().mean()) * intensity_range,
+    }
+
+
+class VaeEvaluator(Evaluator):
+    """Measures an autoencoder on whole volumes; `state.metrics` holds means over the volumes.
+
+    `loss` is that of the trainer's `VaeLoss` without the adversarial term; `psnr`, `ssim`, `mae_hu` are those of
+    `reconstruction_metrics`, the rest is `LatentHealth`.
+
+    Args:
+        device: where the windows are computed.
+        val_data_loader: batches with `image`, (B, 1, X, Y, Z), and `range`.
+        autoencoder: a `FastAutoencoderKlMaisi`.
+        generator_loss: a `VaeLoss`.
+        inferer: gives (reconstruction, posterior mean, posterior standard deviation) of a volume.
+        amp: compute in `amp_dtype`.
+        engine_kwargs: for `monai.engines.Evaluator`: `val_handlers`, ...
+    """
+
+    state: Any
+
+    def __init__(
+        self,
+        *,
+        device: torch.device | str,
+        val_data_loader: DataLoader,
+        autoencoder: nn.Module,
+        generator_loss: nn.Module,
+        inferer: Inferer,
+        amp: bool = True,
+        **engine_kwargs: Any,
+    ) -> None:
+        handlers = engine_kwargs.pop("val_handlers", None)
+        super().__init__(device=device, val_data_loader=val_data_loader, amp=amp, decollate=False, **engine_kwargs)
+        self.autoencoder, self.generator_loss, self.inferer = autoencoder, generator_loss, inferer
+        self.dtype = amp_dtype(self.state.device, amp)
+        self.add_event_handler(Events.EPOCH_STARTED, self._start)
+        self.add_event_handler(Events.EPOCH_COMPLETED, self._finish)
+        if handlers is not None:  # after `_finish`, so that they find the metrics
+            self._register_handlers(handlers)
+
+    def _start(self, engine: Any) -> None:
+        self.cases: list[dict[str, float]] = []
+        self.latents = LatentHealth()
+
+    def _reconstruct(self, window: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        network: Any = getattr(self.autoencoder, "module", self.autoencoder)
+        with torch.autocast(window.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            return tuple(t.float() for t in network.reconstruct(window))
+
+    def _iteration(self, engine: Any, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+        images = batch["image"]
+        device = engine.state.device
+        with torch.no_grad(), self.mode(self.autoencoder):
+            reconstructions, mu, sigma = self.inferer(images, self._reconstruct)
+            self.latents.update(mu, sigma)
+            for i in range(len(images)):
+                one = [t[i : i + 1].to(device) for t in (reconstructions, images, mu, sigma)]
+                with torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32):
+                    losses = self.generator_loss(*one)
+                quality = reconstruction_metrics(one[0], one[1], float(batch["range"][i]))
+                per_element = {"kl_per_element": float(losses["kl_loss"]) / mu[i].numel()}
+                self.cases.append({name: float(value) for name, value in losses.items()} | per_element | quality)
+        return {"image": images, "reconstruction": reconstructions}
+
+    def _finish(self, engine: Any) -> None:
+        names = self.cases[0]
+        engine.state.metrics = {name: sum(case[name] for case in self.cases) / len(self.cases) for name in names}
+        engine.state.metrics |= self.latents.compute()

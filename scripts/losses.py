@@ -1,0 +1,269 @@
+"""The losses of MAISI's VAE: KL divergence, perceptual (LPIPS) and patch-adversarial."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from scripts.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+# LPIPS v0.1 (Zhang et al. 2018): channel statistics, and SqueezeNet 1.1 up to its last tap (Iandola et al. 2016).
+_SHIFT, _SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
+_TAPS = (1, 4, 7, 9, 10, 11, 12)
+_TAP_CHANNELS = (64, 128, 256, 384, 384, 512, 512)
+_FIRE = {3: (64, 16, 64), 4: (128, 16, 64), 6: (128, 32, 128), 7: (256, 32, 128)}
+_FIRE |= {9: (256, 48, 192), 10: (384, 48, 192), 11: (384, 64, 256), 12: (512, 64, 256)}
+_POOLS = (2, 5, 8)
+_SMALLEST = 17  # pixels that its strides leave something of
+
+
+def kl_loss(mu: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+    """KL divergence of N(mu, sigma^2) from N(0, 1): summed over latent elements, averaged over the batch.
+
+    The sum is the reference's; with it `kl_weight` 1e-7 keeps its meaning (Kingma & Welling 2014, app. B).
+
+    Args:
+        mu: (B, C, X, Y, Z) posterior mean.
+        sigma: posterior standard deviation, in the same shape, positive.
+    """
+    variance = sigma.float().square()
+    return 0.5 * (mu.float().square() + variance - torch.log(variance + 1e-10) - 1).sum() / mu.shape[0]
+
+
+class LeastSquaresAdversarialLoss(nn.Module):
+    """`monai.losses.PatchAdversarialLoss(criterion="least_squares")` without its copy of the target from the host."""
+
+    def forward(self, logits: torch.Tensor, target_is_real: bool, for_discriminator: bool = False) -> torch.Tensor:
+        """Mean squared distance of the leaky logits, of any shape, from 1 (real) or 0 (fake)."""
+        return (F.leaky_relu(logits.float(), 0.05) - float(target_is_real)).square().mean()
+
+
+class _Fire(nn.Module):
+    def __init__(self, inputs: int, squeeze: int, expand: int) -> None:
+        super().__init__()
+        self.squeeze = nn.Conv2d(inputs, squeeze, 1)
+        self.expand1x1 = nn.Conv2d(squeeze, expand, 1)
+        self.expand3x3 = nn.Conv2d(squeeze, expand, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = F.relu(self.squeeze(x), inplace=True)
+        return F.relu(torch.cat([self.expand1x1(x), self.expand3x3(x)], dim=1), inplace=True)
+
+
+class SqueezeNetFeatures(nn.Module):
+    """The convolutional part of SqueezeNet 1.1, with torchvision's parameter names (`features.3.squeeze.weight`)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for index in range(max(_TAPS) + 1):
+            if index in _FIRE:
+                layers.append(_Fire(*_FIRE[index]))
+            elif index in _POOLS:
+                layers.append(nn.MaxPool2d(3, stride=2, ceil_mode=True))
+            else:
+                layers.append(nn.Conv2d(3, 64, 3, stride=2) if index == 0 else nn.ReLU())
+        self.features = nn.Sequential(*layers)
+
+    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """Features (B, C, H', W') at the seven taps of images (B, 3, H, W)."""
+        taps = []
+        for index, layer in enumerate(self.features):
+            x = layer(x)
+            if index in _TAPS:
+                taps.append(x)
+        return taps
+
+
+class PerceptualLoss(nn.Module):
+    """LPIPS (SqueezeNet 1.1, version 0.1) on slices of volumes, in pure torch.
+
+    What `monai.losses.PerceptualLoss(3, "squeeze", is_fake_3d=True, fake_3d_ratio=0.2)` computes, images in [0, 1]
+    not rescaled to [-1, 1] as there, but from two weight files on disk: nothing is downloaded at run time, and no
+    torchvision is needed. Slices are chosen for each sample of the batch by itself.
+
+    Args:
+        pretrained: false draws untrained features from a fixed seed: they need no files, and measure less.
+        backbone_path: `squeezenet1_1-b8a52dc0.pth`, as torchvision publishes it.
+        linear_path: `lpips_squeeze_v0.1.pth`, as the LPIPS authors publish it.
+        slice_ratio: share of the slices along each axis that is compared.
+
+    Raises:
+        UserError: naming the weight file that is missing or does not fit.
+    """
+
+    shift: torch.Tensor
+    scale: torch.Tensor
+
+    def __init__(
+        self,
+        pretrained: bool = True,
+        backbone_path: str | Path = "models/squeezenet1_1-b8a52dc0.pth",
+        linear_path: str | Path = "models/lpips_squeeze_v0.1.pth",
+        slice_ratio: float = 0.2,
+    ) -> None:
+        super().__init__()
+        self.slice_ratio = slice_ratio
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.backbone = SqueezeNetFeatures()
+            for layer in self.backbone.modules():
+                if isinstance(layer, nn.Conv2d):  # keeps the size of features through the layers
+                    nn.init.kaiming_normal_(layer.weight)
+                    nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
+        self.register_buffer("shift", torch.tensor(_SHIFT).reshape(1, 3, 1, 1))
+        self.register_buffer("scale", torch.tensor(_SCALE).reshape(1, 3, 1, 1))
+        for index, channels in enumerate(_TAP_CHANNELS):
+            self.register_buffer(f"linear{index}", torch.full((channels,), 1.0 / channels))
+        if pretrained:
+            self._load(Path(backbone_path), Path(linear_path))
+        else:
+            logger.warning("perceptual_pretrained is false: untrained features, for tries only")
+        self.eval().requires_grad_(False)
+
+    def _load(self, backbone_path: Path, linear_path: Path) -> None:
+        backbone, linear = _read(backbone_path), _read(linear_path)
+        own = self.backbone.state_dict()
+        _require_shapes(backbone, {name: tensor.shape for name, tensor in own.items()}, backbone_path)
+        self.backbone.load_state_dict({name: backbone[name] for name in own})
+        names = [f"lin{index}.model.1.weight" for index in range(len(_TAPS))]
+        shapes = {name: torch.Size((1, c, 1, 1)) for name, c in zip(names, _TAP_CHANNELS, strict=True)}
+        _require_shapes(linear, shapes, linear_path)
+        for index, name in enumerate(names):
+            getattr(self, f"linear{index}").copy_(linear[name].flatten())
+
+    def train(self, mode: bool = True) -> PerceptualLoss:
+        """Always in evaluation mode: it is a measure, not something that learns."""
+        return super().train(False)
+
+    def features(self, slices: torch.Tensor) -> list[torch.Tensor]:
+        """Unit-normalised features at the seven taps of slices (N, 1, H, W)."""
+        short = [max(_SMALLEST - n, 0) for n in slices.shape[:1:-1]]
+        if any(short):  # thinner than SqueezeNet can take: repeat the border
+            slices = F.pad(slices, (0, short[0], 0, short[1]), mode="replicate")
+        taps = self.backbone((slices - self.shift) / self.scale)
+        return [tap / (tap.square().sum(1, keepdim=True) + 1e-10).sqrt() for tap in (t.float() for t in taps)]
+
+    def distance(self, slices: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """LPIPS of each pair of slices (N, 1, H, W): (N,). No graph is built for `target`."""
+        with torch.no_grad():
+            wanted = self.features(target)
+        total = slices.new_zeros(len(slices), dtype=torch.float32)
+        for index, (ours, theirs) in enumerate(zip(self.features(slices), wanted, strict=True)):
+            weight = getattr(self, f"linear{index}").reshape(1, -1, 1, 1)
+            total = total + ((ours - theirs).square() * weight).sum(1).mean((1, 2))
+        return total
+
+    def forward(
+        self, reconstruction: torch.Tensor, target: torch.Tensor, generators: Sequence[torch.Generator] | None = None
+    ) -> torch.Tensor:
+        """Sum over the three axes of the mean LPIPS of the chosen slices.
+
+        Args:
+            reconstruction: (B, 1, X, Y, Z).
+            target: in the same shape, in [0, 1].
+            generators: one for each sample, on the CPU, that choose its slices; None takes evenly spaced slices, so
+                that a validation is deterministic.
+        """
+        loss = reconstruction.new_zeros((), dtype=torch.float32)
+        for axis in (2, 3, 4):
+            picks = [self._pick(target.shape[axis], generators[b] if generators else None) for b in range(len(target))]
+            loss = loss + self._mean_distance(_slices(reconstruction, axis, picks), _slices(target, axis, picks))
+        return loss
+
+    def _pick(self, count: int, generator: torch.Generator | None) -> torch.Tensor:
+        wanted = max(int(count * self.slice_ratio), 1)
+        if generator is None:
+            return ((torch.arange(wanted) + 0.5) * (count / wanted)).long()
+        return torch.randperm(count, generator=generator)[:wanted]
+
+    def _mean_distance(self, slices: torch.Tensor, target: torch.Tensor, chunk: int = 64) -> torch.Tensor:
+        if torch.is_grad_enabled() or len(slices) <= chunk:
+            return self.distance(slices, target).mean()
+        pairs = zip(slices.split(chunk), target.split(chunk), strict=True)
+        return torch.cat([self.distance(a, b) for a, b in pairs]).mean()
+
+
+def _slices(volumes: torch.Tensor, axis: int, picks: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Selected first, then copied: (N, 1, H, W) of (B, 1, X, Y, Z)."""
+    chosen = [
+        v.index_select(axis - 1, pick.to(v.device, non_blocking=True)) for v, pick in zip(volumes, picks, strict=True)
+    ]
+    return torch.cat([c[0].movedim(axis - 2, 0)[:, None] for c in chosen])
+
+
+def _read(path: Path) -> dict[str, torch.Tensor]:
+    if not path.is_file():
+        raise UserError(
+            f"{path}: perceptual weights are missing; fetch them with python -m monai.bundle download_large_files "
+            "--bundle_path . --large_file_name large_files.yml, or set perceptual_pretrained to false for a try"
+        )
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(f"{path}: is damaged or holds more than tensors ({reason}); fetch it again") from error
+
+
+def _require_shapes(state: dict[str, torch.Tensor], shapes: dict[str, torch.Size], path: Path) -> None:
+    for name, shape in shapes.items():
+        if name not in state or state[name].shape != shape:
+            found = tuple(state[name].shape) if name in state else "missing"
+            raise UserError(f"{path}: {name} is {found}, expected {tuple(shape)}; this is another file, fetch it again")
+
+
+class VaeLoss(nn.Module):
+    """What the autoencoder minimises beside the adversarial term: recons + kl_weight * kl + perceptual_weight * p.
+
+    Args:
+        perceptual: compares reconstruction and target, e.g. `PerceptualLoss`.
+        recon_loss: "l1" or "l2", averaged over voxels.
+        kl_weight: of `kl_loss`.
+        perceptual_weight: of `perceptual`.
+
+    Raises:
+        UserError: for an unknown `recon_loss`.
+    """
+
+    def __init__(
+        self, perceptual: nn.Module, recon_loss: str = "l1", kl_weight: float = 1e-7, perceptual_weight: float = 0.3
+    ) -> None:
+        super().__init__()
+        known = {"l1": F.l1_loss, "l2": F.mse_loss}
+        if recon_loss not in known:
+            raise UserError(f"recon_loss {recon_loss!r} is unknown; use l1 or l2")
+        self.perceptual, self.recon_loss = perceptual, known[recon_loss]
+        self.kl_weight, self.perceptual_weight = kl_weight, perceptual_weight
+
+    def forward(
+        self,
+        reconstruction: torch.Tensor,
+        target: torch.Tensor,
+        mu: torch.Tensor,
+        sigma: torch.Tensor,
+        generators: Sequence[torch.Generator] | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """`loss`, the weighted sum, and its terms `recons_loss`, `kl_loss`, `p_loss`, unweighted.
+
+        Args:
+            reconstruction: (B, 1, X, Y, Z).
+            target: in the same shape, in [0, 1].
+            mu: (B, C, X/4, Y/4, Z/4) posterior mean.
+            sigma: posterior standard deviation.
+            generators: choose the slices of the perceptual term, one for each sample.
+        """
+        arguments = (generators,) if generators else ()  # MONAI's PerceptualLoss takes none
+        losses = {
+            "recons_loss": self.recon_loss(reconstruction.float(), target),
+            "kl_loss": kl_loss(mu, sigma),
+            "p_loss": self.perceptual(reconstruction.float(), target, *arguments),
+        }
+        weighted = self.kl_weight * losses["kl_loss"] + self.perceptual_weight * losses["p_loss"]
+        return {"loss": losses["recons_loss"] + weighted, **losses}
