@@ -152,8 +152,6 @@ def load(path: str | Path, base_dir: str | Path | None = None) -> Datalist:
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds a {type(content).__name__}, not an object with the lists {', '.join(SPLITS)}")
     for key in content:
-        if key not in SPLITS and not isinstance(content[key], list):
-            continue  # descriptions, such as the `name` of a Decathlon datalist
         if key not in SPLITS:
             raise UserError(f"{path}: unknown list {key!r}{_suggest(key, SPLITS)}; the lists are {', '.join(SPLITS)}")
     folders = [Path(base_dir)] if base_dir else []
@@ -177,7 +175,7 @@ def _checked_entry(entry: object, where: str, folders: Sequence[Path]) -> dict[s
     if not isinstance(entry, dict):
         raise UserError(f"{where} is a {type(entry).__name__}, not an object like {{'image': path, 'class': 'ct'}}")
     for key in entry:
-        if key not in known and (get_close_matches(key, known) or "image" not in entry):
+        if key not in known:
             raise UserError(f"{where} has the unknown key {key!r}{_suggest(key, known)}; the keys are image and class")
     image, modality = entry.get("image"), entry.get("class", "ct")
     if not isinstance(image, str) or not image:
@@ -263,7 +261,7 @@ def examine(entry: Mapping[str, str]) -> Report:
     elif modality == "ct":
         if data.max() > 30000:
             report.problems.append(
-                f"{path}: reaches {data.max():.0f}; uint16 overflow or wrong scaling; convert it again"
+                f"{path}: reaches {float(data.max()):.0f} HU; uint16 overflow or wrong scaling; convert it again"
             )
         elif data.min() > -200:
             report.warnings.append(f"{path}: minimum {data.min():.0f} HU, no air; is it rescaled to HU?")

@@ -24,15 +24,12 @@ def _chain(error: BaseException) -> list[BaseException]:
 def last_line(error: BaseException) -> str:
     """One line for `error`: the user error in its chain of causes, else the innermost cause."""
     chain = _chain(error)
-    culprit = next((e for e in chain if isinstance(e, UserError)), None)
-    if culprit is not None:
-        return f"error: {' '.join(str(culprit).split())}"
-    lines = [line.strip() for line in str(chain[-1]).splitlines() if line.strip()]
-    kind = type(chain[-1]).__name__
-    # An error raised in a data-loader worker carries its own traceback; its last line says what happened.
-    text = lines[-1] if lines and "worker process" in lines[0] else " ".join(lines)
-    text = text.removeprefix("scripts.errors.UserError: ")
-    return f"error: {text}" if text != " ".join(lines) else f"error: {kind}: {text}"
+    culprit = next((e for e in chain if isinstance(e, UserError)), chain[-1])
+    text = str(culprit)
+    if "DataLoader worker process" in text:  # it carries the worker's traceback; the end of that says what happened
+        text = text.strip().splitlines()[-1].partition("Error: ")[2]
+    text = " ".join(text.split())
+    return f"error: {text}" if isinstance(culprit, UserError) else f"error: {type(culprit).__name__}: {text}"
 
 
 def _excepthook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

@@ -203,7 +203,7 @@ def _read(path: Path) -> dict[str, torch.Tensor]:
     if not path.is_file():
         raise UserError(
             f"{path}: perceptual weights are missing; fetch them with python -m monai.bundle download_large_files "
-            "--bundle_path . --large_file_name large_files.yml, or set perceptual_pretrained to false for a try"
+            "--bundle_path ., or set perceptual_pretrained to false for a try"
         )
     try:
         return torch.load(path, map_location="cpu", weights_only=True)

@@ -125,6 +125,7 @@ def read_nifti(path: str | Path, modality: str = "ct", select_channel: int = 0) 
     path = Path(path)
     image = _open_nifti(path)
     _spatial_shape(image, path, modality)
+    _check_complete(path, image)
     try:
         data = np.asanyarray(image.dataobj)
     except MemoryError:

@@ -1,0 +1,165 @@
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from monai.losses import PatchAdversarialLoss
+from monai.networks.nets import PatchDiscriminator
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+from scripts.autoencoder import FastAutoencoderKlMaisi
+from scripts.errors import UserError
+from scripts.losses import LeastSquaresAdversarialLoss, PerceptualLoss, VaeLoss
+from scripts.trainer import VaeTrainer, Warmup, amp_dtype
+from tests.test_autoencoder import stock_network
+
+
+class Patches(Dataset):
+    def __init__(self, count: int, size: int = 24) -> None:
+        self.images = torch.rand(count, 1, size, size, size, generator=torch.Generator().manual_seed(1))
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {"image": self.images[index]}
+
+
+def make_trainer(batch_size: int = 2, steps: int = 3, amp: bool = False, size: int = 24, layers: int = 2) -> VaeTrainer:
+    torch.manual_seed(0)
+    autoencoder = FastAutoencoderKlMaisi(stock_network())
+    discriminator = PatchDiscriminator(spatial_dims=3, channels=8, in_channels=1, num_layers_d=layers, norm="INSTANCE")
+    return VaeTrainer(
+        device="cpu",
+        max_epochs=1,
+        train_data_loader=DataLoader(Patches(batch_size * steps, size), batch_size),
+        autoencoder=autoencoder,
+        discriminator=discriminator,
+        optimizer_g=torch.optim.Adam(autoencoder.parameters(), 1e-4, eps=1e-6),
+        optimizer_d=torch.optim.Adam(discriminator.parameters(), 1e-4, eps=1e-6),
+        generator_loss=VaeLoss(PerceptualLoss(pretrained=False)),
+        adversarial_loss=LeastSquaresAdversarialLoss(),
+        amp=amp,
+        seed=11,
+    )
+
+
+def plain_loop(trainer: VaeTrainer) -> tuple[nn.Module, nn.Module]:
+    """The same training written out with MONAI's parts."""
+    network = stock_network()
+    network.load_state_dict(trainer.autoencoder.state_dict())
+    discriminator = copy.deepcopy(trainer.discriminator)
+    perceptual, adversarial = trainer.generator_loss.perceptual, PatchAdversarialLoss(criterion="least_squares")
+    adam_g = torch.optim.Adam(network.parameters(), 1e-4, eps=1e-6)
+    adam_d = torch.optim.Adam(discriminator.parameters(), 1e-4, eps=1e-6)
+    for iteration, batch in enumerate(trainer.data_loader, 1):
+        images = batch["image"]
+        seeds = [np.random.SeedSequence([11, iteration, b]).generate_state(2) for b in range(len(images))]
+        noise = torch.stack(
+            [torch.randn(4, 6, 6, 6, generator=torch.Generator().manual_seed(int(s[0]))) for s in seeds]
+        )
+        mu, sigma = network.encode(images)
+        reconstruction = network.decode(mu + sigma * noise)
+        kl = 0.5 * (mu**2 + sigma**2 - torch.log(sigma**2) - 1).sum() / len(images)
+        p_loss = perceptual(reconstruction, images, [torch.Generator().manual_seed(int(s[1])) for s in seeds])
+        adv = adversarial(discriminator(reconstruction)[-1], target_is_real=True, for_discriminator=False)
+        adam_g.zero_grad()
+        (F.l1_loss(reconstruction, images) + 1e-7 * kl + 0.3 * p_loss + 0.1 * adv).backward()
+        adam_g.step()
+
+        adam_d.zero_grad()
+        fake = adversarial(discriminator(reconstruction.detach())[-1], target_is_real=False, for_discriminator=True)
+        real = adversarial(discriminator(images)[-1], target_is_real=True, for_discriminator=True)
+        ((fake + real) * 0.5).backward()
+        adam_d.step()
+    return network, discriminator
+
+
+def test_three_steps_equal_a_plain_loop() -> None:
+    trainer = make_trainer()
+    before = copy.deepcopy(trainer.autoencoder.state_dict())
+    expected_g, expected_d = plain_loop(trainer)
+    trainer.run()
+    assert trainer.state.iteration == 3
+    moved = max((t - before[n]).abs().max() for n, t in trainer.autoencoder.state_dict().items())
+    assert moved > 1e-4
+    for network, expected in ((trainer.autoencoder, expected_g), (trainer.discriminator, expected_d)):
+        for name, tensor in network.state_dict().items():
+            assert (tensor - expected.state_dict()[name]).abs().max() < 1e-5, name
+
+
+@pytest.mark.parametrize("amp", [False, True])
+def test_discriminator_gradient_is_that_of_its_own_loss_alone(amp: bool) -> None:
+    trainer = make_trainer(steps=1, amp=amp, size=32, layers=3)  # the last kernel is larger than its input
+    discriminator = copy.deepcopy(trainer.discriminator)
+    images = trainer.data_loader.dataset.images
+    trainer.state.iteration = 1
+    noise, _ = trainer._draw(images)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=trainer.dtype == torch.bfloat16):
+        reconstruction = trainer.autoencoder(images, noise)[0].float()
+    loss = LeastSquaresAdversarialLoss()
+    fake, real = discriminator(reconstruction)[-1], discriminator(images)[-1]
+    (0.5 * (loss(fake, False) + loss(real, True))).backward()
+    trainer.state.iteration = 0
+    trainer.run()
+    for ours, theirs in zip(trainer.discriminator.parameters(), discriminator.parameters(), strict=True):
+        assert (ours.grad - theirs.grad).abs().max() < 1e-4 * theirs.grad.abs().max()
+
+
+def test_discriminator_does_not_move_in_the_generator_step() -> None:
+    trainer = make_trainer(steps=1)
+    trainer.optimizer_d.param_groups[0]["lr"] = 0.0
+    before = copy.deepcopy(trainer.discriminator.state_dict())
+    trainer.run()
+    assert all(torch.equal(t, before[n]) for n, t in trainer.discriminator.state_dict().items())
+    assert all(p.requires_grad for p in trainer.discriminator.parameters())
+
+
+@pytest.mark.parametrize("amp", [False, True])
+def test_steps_are_reproducible_and_return_named_detached_losses(amp: bool) -> None:
+    first, second = (make_trainer(amp=amp, size=32, layers=3) for _ in range(2))
+    torch.manual_seed(1)
+    first.run()
+    torch.manual_seed(2)  # the global state has no say
+    second.run()
+    for ours, theirs in ((first.autoencoder, second.autoencoder), (first.discriminator, second.discriminator)):
+        for name, tensor in ours.state_dict().items():
+            assert torch.equal(tensor, theirs.state_dict()[name]), name
+    names = ["loss", "recons_loss", "kl_loss", "p_loss", "adv_loss", "d_fake_loss", "d_real_loss", "d_loss"]
+    assert list(first.state.output) == names
+    assert not any(v.requires_grad for v in first.state.output.values())
+
+
+def test_bfloat16_step_stays_near_float32() -> None:
+    exact, narrow = make_trainer(steps=2), make_trainer(steps=2, amp=True)
+    if narrow.dtype != torch.bfloat16:
+        pytest.skip("this CPU has no bfloat16")
+    exact.run()
+    narrow.run()
+    for name in ("recons_loss", "adv_loss", "d_loss"):
+        assert float(narrow.state.output[name]) == pytest.approx(float(exact.state.output[name]), rel=0.05)
+
+
+def test_finished_training_changes_nothing() -> None:
+    trainer = make_trainer()
+    trainer.run()
+    before = copy.deepcopy(trainer.autoencoder.state_dict())
+    trainer.run()
+    assert trainer.state.iteration == 3
+    assert all(torch.equal(t, before[n]) for n, t in trainer.autoencoder.state_dict().items())
+
+
+def test_warmup_is_the_references_rule() -> None:
+    warmup = Warmup([10, 20], [0.01, 0.1])
+    assert [warmup(e) for e in (0, 9, 10, 19, 20, 149)] == [0.01, 0.01, 0.1, 0.1, 1.0, 1.0]
+    assert Warmup([], [])(0) == 1.0
+    with pytest.raises(UserError, match="warmup_epochs"):
+        Warmup([20, 10], [0.01, 0.1])
+
+
+def test_amp_dtype_without_amp_is_float32() -> None:
+    assert amp_dtype("cpu", False) == torch.float32
