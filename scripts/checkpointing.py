@@ -45,6 +45,11 @@ class Checkpointing:
         A checkpoint that began from other weights belongs to another training: its files are set aside, and a new
         training begins.
         """
+        if finetune and not trained_autoencoder_path:
+            raise UserError(
+                f"finetune is true, but trained_autoencoder_path is {trained_autoencoder_path}; give the weights to "
+                "start from, or set finetune to false"
+            )
         self.started_from = str(Path(str(trained_autoencoder_path)).resolve()) if finetune else None
         checkpoint = self.folder / CHECKPOINT
         if resume and checkpoint.exists():

@@ -72,6 +72,12 @@ class TensorBoardLog:
             self._writer = SummaryWriter(self.log_dir, purge_step=purge_step, flush_secs=30)
         return self._writer
 
+    def close(self) -> None:
+        """Finish the event file, if one was begun."""
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
 
 class TrainingLog:
     """Bar, log line and TensorBoard tags `train_iter/*` (step: iteration) and `train_epoch/*` (step: epoch).
@@ -251,7 +257,7 @@ def save_comparison(
 
 def report(trainer: Any, model_dir: str, log: TensorBoardLog, output_dir: str) -> None:
     """Print the table at the end of a training: first and last validation, and where everything is."""
-    log.writer().close()
+    log.close()
     validations = trainer.state.validations
     rows = [("epochs", f"{trainer.state.epoch}")]
     if validations:

@@ -1,0 +1,40 @@
+PYTHON ?= python3
+VENV ?= .venv
+RUN := $(VENV)/bin/python
+
+.PHONY: help setup demo test test-all lint clean
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-9s %s\n", $$1, $$2}'
+
+$(VENV)/runtime: requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed; set PYTHON=python3.12, say")'
+	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --requirement requirements.txt
+	@touch $@
+
+$(VENV)/development: requirements-dev.txt $(VENV)/runtime
+	$(RUN) -m pip install --quiet --requirement requirements-dev.txt
+	@touch $@
+
+setup: $(VENV)/development ## make .venv with runtime and development requirements
+
+demo: $(VENV)/runtime ## synthetic CT, datalist, training, a table and a picture; minutes on two CPU cores
+	$(RUN) -m scripts.phantom write --output_dir demo/data/phantoms --count 48
+	$(RUN) -m scripts.datalist build --data_dir demo/data/phantoms --val_fraction 0.06 --test_fraction 0.1 --output demo/data/datalist_ct.json
+	$(RUN) -W ignore -m monai.bundle run --config_file "['configs/train.json','configs/demo.json']"
+
+test: $(VENV)/development ## the test suite
+	$(RUN) -m pytest
+
+test-all: $(VENV)/development ## the test suite with the slow tests
+	$(RUN) -m pytest -m ''
+
+lint: $(VENV)/development ## ruff and mypy
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+
+clean: ## remove the environment, caches and what the demo made
+	rm -rf $(VENV) demo .pytest_cache .mypy_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

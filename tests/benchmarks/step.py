@@ -1,0 +1,259 @@
+"""One adversarial training step: this bundle against MONAI's stock parts in a plain loop, on the same input.
+
+    python -m tests.benchmarks.step [--sizes 32 64] [--repeats 5] [--device cuda]
+
+Time, peak memory, operators and saved activations, with the full MAISI network ([64, 128, 256]).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from monai.bundle import ConfigParser
+from monai.losses import PatchAdversarialLoss
+from monai.networks.nets import PatchDiscriminator
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from scripts import autoencoder as fast
+from scripts.losses import LeastSquaresAdversarialLoss, PerceptualLoss, VaeLoss
+from scripts.trainer import VaeTrainer
+from tests.benchmarks.table import median, print_table
+
+VARIANTS = ("stock float32", "stock autocast", "ours float32", "ours amp")
+STEP_TFLOP_AT_96 = 12.7  # of one adversarial step without the perceptual part, counted from the layers
+
+
+def networks(stock: bool, device: str, checkpointing: bool = False) -> tuple[nn.Module, nn.Module]:
+    """The networks of configs/train.json; the reference sets num_splits to 1 and leaves save_mem on."""
+    torch.manual_seed(0)
+    config = json.loads(Path("configs/train.json").read_text())
+    definition = {k: config[k] for k in ("spatial_dims", "image_channels", "latent_channels", "autoencoder_def")}
+    definition["autoencoder_def"]["save_mem"] = True
+    network = ConfigParser(definition).get_parsed_content("autoencoder_def")
+    autoencoder = network.to(device) if stock else fast.prepare(network, device, checkpointing)
+    discriminator = PatchDiscriminator(
+        spatial_dims=3, num_layers_d=3, channels=32, in_channels=1, out_channels=1, norm="INSTANCE"
+    )
+    return autoencoder, discriminator.to(device)
+
+
+class StockLoop:
+    """The reference's training loop (NV-Generate-CTMR, train_vae_tutorial.ipynb), less its host synchronisations.
+
+    The perceptual term is this bundle's in both loops, so that neither needs torchvision and the ratio is that of
+    the rest.
+    """
+
+    def __init__(self, device: str, amp: bool) -> None:
+        self.autoencoder, self.discriminator = networks(True, device)
+        self.perceptual = quiet_perceptual(device)
+        self.adversarial = PatchAdversarialLoss(criterion="least_squares")
+        self.adam_g = torch.optim.Adam(self.autoencoder.parameters(), 1e-4, eps=1e-6)
+        self.adam_d = torch.optim.Adam(self.discriminator.parameters(), 1e-4, eps=1e-6)
+        self.amp = amp
+
+    def step(self, images: torch.Tensor) -> None:
+        self.adam_g.zero_grad(set_to_none=True)
+        self.adam_d.zero_grad(set_to_none=True)
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.amp):
+            reconstruction, mu, sigma = self.autoencoder(images)
+            variance = sigma.pow(2)
+            kl = 0.5 * torch.sum(mu.pow(2) + variance - torch.log(variance + 1e-10) - 1, dim=[1, 2, 3, 4]).mean()
+            p_loss = self.perceptual(reconstruction.float(), images.float())
+            fake = self.discriminator(reconstruction.contiguous().float())[-1]
+            adv = self.adversarial(fake, target_is_real=True, for_discriminator=False)
+            (F.l1_loss(reconstruction, images) + 1e-7 * kl + 0.3 * p_loss + 0.1 * adv).backward()
+            self.adam_g.step()
+            fake = self.discriminator(reconstruction.contiguous().detach())[-1]
+            loss_fake = self.adversarial(fake, target_is_real=False, for_discriminator=True)
+            real = self.discriminator(images.contiguous().detach())[-1]
+            loss_real = self.adversarial(real, target_is_real=True, for_discriminator=True)
+            ((loss_fake + loss_real) * 0.5).backward()
+            self.adam_d.step()
+
+
+class OurLoop:
+    """The bundle's own trainer, one step at a time."""
+
+    def __init__(self, device: str, amp: bool, checkpointing: bool = False) -> None:
+        autoencoder, discriminator = networks(False, device, checkpointing)
+        self.autoencoder = autoencoder
+        self.trainer = VaeTrainer(
+            device=device,
+            max_epochs=1,
+            train_data_loader=[0],
+            autoencoder=autoencoder,
+            discriminator=discriminator,
+            optimizer_g=torch.optim.Adam(autoencoder.parameters(), 1e-4, eps=1e-6),
+            optimizer_d=torch.optim.Adam(discriminator.parameters(), 1e-4, eps=1e-6),
+            generator_loss=VaeLoss(quiet_perceptual(device)),
+            adversarial_loss=LeastSquaresAdversarialLoss(),
+            amp=amp,
+        )
+
+    def step(self, images: torch.Tensor) -> None:
+        self.trainer.state.iteration += 1
+        self.trainer._iteration(self.trainer, {"image": images})
+
+
+def quiet_perceptual(device: str) -> PerceptualLoss:
+    return PerceptualLoss(pretrained=False).to(device)
+
+
+def make_loop(variant: str, device: str) -> Any:
+    kind, precision = variant.split(" ")
+    return (StockLoop if kind == "stock" else OurLoop)(device, precision != "float32")
+
+
+class _Count(TorchDispatchMode):
+    """Counts the ATen operators that are dispatched."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return function(*args, **(kwargs or {}))
+
+
+def forward(network: nn.Module, images: torch.Tensor, amp: bool) -> torch.Tensor:
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=amp):
+        mu, sigma = network.encode(images)  # type: ignore[operator]
+        return network.decode(mu + sigma)  # type: ignore[operator]
+
+
+def count_operators(network: nn.Module, images: torch.Tensor, amp: bool) -> int:
+    """Of one forward and backward pass of the autoencoder."""
+    with _Count() as counter:
+        forward(network, images, amp).float().mean().backward()
+    return counter.count
+
+
+def saved_bytes(network: nn.Module, images: torch.Tensor, amp: bool) -> int:
+    """Bytes that one forward pass of the autoencoder keeps for the backward pass, parameters excluded."""
+    own = {p.untyped_storage().data_ptr() for p in network.parameters()}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        forward(network, images, amp)
+    return sum(s.nbytes() for s in kept.values())
+
+
+def gemm_rate(device: str, dtype: torch.dtype) -> float:
+    """TFLOP/s of a large matrix product: what the machine could do."""
+    size = 8192 if device == "cuda" else 2048
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    return 2 * size**3 / median(timings(lambda: a @ b, device, 7)) / 1e12
+
+
+def timings(call: Callable[[], object], device: str, repeats: int) -> list[float]:
+    def once() -> float:
+        if device == "cuda":
+            torch.cuda.synchronize()
+        started = time.perf_counter()
+        call()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - started
+
+    once()
+    return [once() for _ in range(repeats)]
+
+
+def _peak(variant: str, size: int, device: str, queue: Any) -> None:
+    """Peak memory in MiB of a process that makes two steps, less what it took before them."""
+    loop, images = make_loop(variant, device), torch.rand(1, 1, size, size, size, device=device)
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        for _ in range(2):
+            loop.step(images)
+        queue.put((torch.cuda.max_memory_allocated() - before) / 2**20)
+        return
+    before = int(Path("/proc/self/statm").read_text().split()[1])
+    Path("/proc/self/clear_refs").write_text("5")
+    for _ in range(2):
+        loop.step(images)
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines() if ":" in line)
+    queue.put(int(status["VmHWM"].split()[0]) / 1024 - before * 4096 / 2**20)
+
+
+def peak_memory(variant: str, size: int, device: str) -> float:
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    process = context.Process(target=_peak, args=(variant, size, device, queue))
+    process.start()
+    result = queue.get()
+    process.join()
+    return result
+
+
+def main(sizes: list[int], repeats: int, device: str, memory_size: int, activation_size: int) -> None:
+    rates = {"float32": gemm_rate(device, torch.float32), "bfloat16": gemm_rate(device, torch.bfloat16)}
+    for size in sizes:
+        images = torch.rand(1, 1, size, size, size, device=device)
+        times: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
+        loops = {variant: make_loop(variant, device) for variant in VARIANTS}
+        for loop in loops.values():
+            loop.step(images)
+        for _ in range(repeats):  # in turns: what slows the machine down slows them all
+            for variant, loop in loops.items():
+                times[variant] += timings(partial(loop.step, images), device, 1)
+        seconds = {variant: median(values) for variant, values in times.items()}
+        tflop = STEP_TFLOP_AT_96 * (size / 96) ** 3
+        rows = []
+        for variant, value in seconds.items():
+            rate = rates["float32" if variant.endswith("float32") else "bfloat16"]
+            rows.append((variant, f"{value:.3f}", f"{value / seconds['stock float32']:.2f}",
+                         f"{value / seconds['stock autocast']:.2f}", f"{tflop / value / rate:.0%}"))  # fmt: skip
+        head = (f"step at {size}^3", "seconds", "/ stock float32", "/ stock autocast", "of the GEMM rate")
+        print_table(head, rows)
+        del loops
+    rows = []
+    images = torch.rand(1, 1, activation_size, activation_size, activation_size, device=device)
+    variants: list[tuple[str, bool, bool]] = [
+        ("stock", True, False),
+        ("ours", False, False),
+        ("ours, checkpointing", False, True),
+    ]
+    saved = {}
+    for name, stock, checkpointing in variants:
+        network, _ = networks(stock, device, checkpointing)
+        saved[name] = saved_bytes(network, images, amp=True)
+        operators = count_operators(network, torch.rand(1, 1, 32, 32, 32, device=device), amp=True)
+        rows.append((name, f"{saved[name] / 2**30:.2f} GiB", f"{saved[name] / saved['stock']:.1%}", f"{operators}"))
+    print_table((f"autocast bfloat16, {activation_size}^3", "saved activations", "of stock", "operators"), rows)
+    peaks = {v: peak_memory(v, memory_size, device) for v in ("stock autocast", "ours amp")}
+    rows = [(v, f"{p:.0f} MiB", f"{p / peaks['stock autocast']:.2f}") for v, p in peaks.items()]
+    print_table((f"peak memory of two steps at {memory_size}^3", "above the start", "of stock"), rows)
+    print_table(
+        ("the machine", "figure"),
+        [(f"{name} GEMM", f"{rate:.3f} TFLOP/s") for name, rate in rates.items()],
+    )
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--sizes", type=int, nargs="+", default=[32, 64])
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--memory_size", type=int, default=64)
+    parser.add_argument("--activation_size", type=int, default=96)
+    main(**vars(parser.parse_args()))

@@ -1,0 +1,117 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from ignite.engine import Events
+from monai.apps.generation.maisi.networks.autoencoderkl_maisi import AutoencoderKlMaisi
+
+from scripts.autoencoder import save_weights
+from scripts.checkpointing import attach_checkpointing
+from scripts.errors import UserError
+from scripts.trainer import VaeTrainer
+from tests.test_autoencoder import SMALL, stock_network
+from tests.test_trainer import make_trainer
+
+
+def begin(folder: Path, epochs: int, **options) -> VaeTrainer:
+    trainer = make_trainer(batch_size=1, steps=2)
+    trainer.state.max_epochs = epochs
+    scheduler = torch.optim.lr_scheduler.LambdaLR(trainer.optimizer_g, lambda e: 1 / (e + 1))
+    trainer.add_event_handler(Events.EPOCH_COMPLETED, lambda _: scheduler.step())
+    state = {n: getattr(trainer, n) for n in ("autoencoder", "discriminator", "optimizer_g", "optimizer_d")}
+    attach_checkpointing(trainer, state | {"scheduler": scheduler}, str(folder), **options)
+    return trainer
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(t, b[n]) for n, t in a.items())
+
+
+def test_resumed_training_equals_the_unbroken_one(tmp_path: Path) -> None:
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "broken").mkdir()
+    whole = begin(tmp_path / "whole", 3)
+    whole.run()
+    begin(tmp_path / "broken", 1).run()
+    resumed = begin(tmp_path / "broken", 3)
+    assert (resumed.state.epoch, resumed.state.iteration) == (1, 2)
+    resumed.run()
+    assert resumed.state.iteration == 6
+    for name in ("autoencoder.pt", "discriminator.pt"):
+        states = [torch.load(tmp_path / f / name, weights_only=True) for f in ("whole", "broken")]
+        assert same(*states)
+    assert same(whole.autoencoder.state_dict(), resumed.autoencoder.state_dict())
+
+
+def test_weights_load_into_monais_network(tmp_path: Path) -> None:
+    trainer = begin(tmp_path, 1)
+    trainer.run()
+    stock = AutoencoderKlMaisi(**SMALL).eval()
+    stock.load_state_dict(torch.load(tmp_path / "autoencoder.pt", weights_only=True), strict=True)
+    x = torch.rand(1, 1, 16, 16, 16)
+    with torch.no_grad():
+        assert (stock.reconstruct(x) - trainer.autoencoder.eval().reconstruct(x)[0]).abs().max() < 1e-4
+
+
+def test_finetuning_starts_from_the_weights_and_keeps_the_earlier_training(tmp_path: Path) -> None:
+    folder = tmp_path / "models"
+    folder.mkdir()
+    begin(folder, 1).run()
+    earlier = torch.load(folder / "autoencoder.pt", weights_only=True)
+    options = {"finetune": True, "trained_autoencoder_path": str(folder / "autoencoder.pt")}
+    finetuned = begin(folder, 1, **options)
+    assert finetuned.state.iteration == 0 and same(finetuned.autoencoder.state_dict(), earlier)
+    assert same(torch.load(folder / "previous_1" / "autoencoder.pt", weights_only=True), earlier)
+    finetuned.run()
+    assert same(torch.load(folder / "previous_1" / "autoencoder.pt", weights_only=True), earlier)
+    assert not same(torch.load(folder / "autoencoder.pt", weights_only=True), earlier)
+    again = begin(folder, 2, **options)  # the same command resumes the fine-tuning
+    assert again.state.iteration == 2 and not (folder / "previous_2").exists()
+
+
+def test_only_the_best_validation_is_kept(tmp_path: Path) -> None:
+    losses = iter([0.5, 0.7, 0.3, 0.4])
+    trainer = make_trainer(batch_size=1, steps=1)
+    trainer.state.max_epochs = 4
+
+    def validate(engine) -> None:
+        engine.state.validations.append({"epoch": engine.state.epoch, "loss": next(losses)})
+
+    trainer.add_event_handler(Events.EPOCH_COMPLETED, validate)
+    state = {"autoencoder": trainer.autoencoder, "discriminator": trainer.discriminator}
+    attach_checkpointing(trainer, state, str(tmp_path))
+    kept = []
+    trainer.add_event_handler(Events.EPOCH_COMPLETED, lambda _: kept.append([p.name for p in tmp_path.glob("*best*")]))
+    trainer.run()
+    assert kept == [["autoencoder_best_epoch1.pt"]] * 2 + [["autoencoder_best_epoch3.pt"]] * 2
+    names = {"autoencoder.pt", "discriminator.pt", "checkpoint.pt", "autoencoder_best_epoch3.pt"}
+    assert {p.name for p in tmp_path.iterdir()} == names
+
+
+def test_what_does_not_fit_is_refused_and_left_alone(tmp_path: Path) -> None:
+    begin(tmp_path, 1).run()
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    with pytest.raises(UserError, match=r"no such weights file; correct trained_autoencoder_path"):
+        begin(tmp_path, 1, finetune=True, trained_autoencoder_path=str(tmp_path / "nothing.pt"))
+    with pytest.raises(UserError, match="trained_autoencoder_path is None"):
+        begin(tmp_path, 1, finetune=True)
+    save_weights(stock_network(num_channels=[32, 32, 32]), tmp_path / "other.pt")
+    with pytest.raises(UserError, match="use weights of this architecture"):
+        begin(tmp_path, 1, finetune=True, trained_autoencoder_path=str(tmp_path / "other.pt"))
+    (tmp_path / "other.pt").unlink()
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+    (tmp_path / "checkpoint.pt").write_bytes(before["checkpoint.pt"][:5000])
+    with pytest.raises(UserError, match=r"checkpoint\.pt: cannot be resumed from .* --resume False"):
+        begin(tmp_path, 2)
+    with_more_data = torch.load(tmp_path / "autoencoder.pt", weights_only=True)
+    assert with_more_data
+
+
+def test_changed_data_are_refused(tmp_path: Path) -> None:
+    begin(tmp_path, 1).run()
+    trainer = make_trainer(batch_size=1, steps=3)
+    state = {n: getattr(trainer, n) for n in ("autoencoder", "discriminator", "optimizer_g", "optimizer_d")}
+    with pytest.raises(UserError, match="an epoch had 2 steps, now it has 3; restore the training data"):
+        attach_checkpointing(trainer, state, str(tmp_path))

@@ -1,0 +1,65 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from ignite.engine import Engine
+from matplotlib.image import imread
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from scripts.handlers import TensorBoardLog, TrainingLog, Validate, save_comparison, three_planes
+
+
+def run_training(folder: Path, epochs: int = 2) -> EventAccumulator:
+    names = ("loss", "recons_loss", "p_loss", "adv_loss", "d_loss")
+    engine = Engine(lambda e, b: {n: torch.tensor(float(e.state.iteration * i)) for i, n in enumerate(names, 1)})
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.25)
+    log = TensorBoardLog(str(folder))
+    TrainingLog(log, optimizer, batch_size=3).attach(engine)
+    engine.run([0, 0, 0, 0], max_epochs=epochs)
+    log.close()
+    return EventAccumulator(str(folder)).Reload()
+
+
+def test_every_step_and_epoch_is_logged_once(tmp_path: Path) -> None:
+    events = run_training(tmp_path)
+    recons = events.Scalars("train_iter/recons_loss")
+    assert [(e.step, e.value) for e in recons] == [(i, 2.0 * i) for i in range(1, 9)]
+    assert [(e.step, e.value) for e in events.Scalars("train_epoch/loss")] == [(1, 2.5), (2, 6.5)]
+    assert events.Scalars("train_epoch/learning_rate")[0].value == 0.25
+    assert all(0 <= e.value <= 1 for e in events.Scalars("train_epoch/data_wait_share"))
+    assert events.Scalars("train_epoch/patches_per_second")[0].value > 0
+
+
+def test_validation_is_due_first_at_intervals_and_last() -> None:
+    ran: list[int] = []
+
+    class Due(Validate):
+        def __call__(self, engine) -> None:
+            ran.append(engine.state.epoch)
+
+    engine = Engine(lambda e, b: None)
+    Due(interval=4).attach(engine)
+    engine.run([0], max_epochs=10)
+    assert ran == [1, 4, 8, 10]
+
+
+def test_planes_stand_upright() -> None:
+    volume = np.zeros((6, 8, 10))
+    volume[:, :, -1] = 1.0  # top of the head
+    volume[:, -1, :] = 0.5  # front
+    picture = three_planes(volume)
+    assert picture.shape == (10, 8 + 6 + 6)
+    assert picture[0, :7] == pytest.approx(1) and picture[0, 8:14] == pytest.approx(1)  # top row of sagittal, coronal
+    assert picture[0, 14:] == pytest.approx(0.5) and picture[1:, 14:].max() == 0  # front is up in the axial plane
+
+
+def test_comparison_is_a_picture(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    original = rng.random((20, 24, 28))
+    save_comparison(original, original + 0.01, (1, 1, 2), tmp_path / "a.png", "test")
+    picture = imread(tmp_path / "a.png")
+    assert min(picture.shape[:2]) > 500 and picture[..., :3].std() > 0.1
+    assert [p.name for p in tmp_path.iterdir()] == ["a.png"]
