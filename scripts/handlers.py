@@ -140,9 +140,8 @@ class TrainingLog:
         self.pending.clear()
         self.shown = time.perf_counter()
         last = dict(zip(self.names, values[-1], strict=True))
-        self.bar.set_postfix(
-            {k: f"{last[k]:.3g}" for k in ("recons_loss", "p_loss", "adv_loss", "d_loss") if k in last}
-        )
+        shown = {k: f"{last[k]:.3g}" for k in ("recons_loss", "p_loss", "adv_loss", "d_loss")}
+        self.bar.set_postfix(shown, refresh=False)
         self.bar.update(len(values))
 
     def _epoch_completed(self, engine: Any) -> None:
