@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: help setup demo test test-all lint clean
+.PHONY: help setup demo test test-all lint bench clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-9s %s\n", $$1, $$2}'
@@ -34,6 +34,10 @@ lint: $(VENV)/development ## ruff and mypy
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
+
+bench: $(VENV)/development ## patches and steps against stock MONAI, on this machine
+	$(RUN) -W ignore -m tests.benchmarks.data
+	$(RUN) -W ignore -m tests.benchmarks.step
 
 clean: ## remove the environment, caches and what the demo made
 	rm -rf $(VENV) demo .pytest_cache .mypy_cache .ruff_cache

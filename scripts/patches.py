@@ -155,38 +155,39 @@ def sample(volume: Volume, placement: Placement, patch_size: Sequence[int]) -> t
     limit = np.asarray(volume.shape) - 1
     start = np.clip(np.floor(low + 1e-6), 0, limit).astype(int)
     stop = np.clip(np.ceil(high - 1e-6), start, limit).astype(int) + 1
-    values = volume.read([slice(int(a), int(b)) for a, b in zip(start, stop, strict=True)])
+    values = volume.clipped(volume.read([slice(int(a), int(b)) for a, b in zip(start, stop, strict=True)]))
     axes = np.abs(matrix).argmax(axis=1)
     if np.count_nonzero(np.abs(matrix) > 1e-9) == 3:
-        inner = _sample_along_axes(volume, values, matrix[range(3), axes], offset - start, axes, counts)
+        inner = _sample_along_axes(values, matrix[range(3), axes], offset - start, axes, counts)
     else:
-        inner = _sample_oblique(volume.normalise(values), matrix, offset - start, counts)
+        inner = _sample_oblique(values, matrix, offset - start, counts)
+    inner = volume.scale(inner)
     if tuple(counts) == tuple(patch_size):
-        return inner.contiguous()
+        return inner
     patch = torch.zeros(tuple(patch_size))
     patch[placement.valid] = inner
     return patch
 
 
 def _sample_along_axes(
-    volume: Volume, values: np.ndarray, steps: np.ndarray, offset: np.ndarray, axes: np.ndarray, counts: np.ndarray
+    values: np.ndarray, steps: np.ndarray, offset: np.ndarray, axes: np.ndarray, counts: np.ndarray
 ) -> torch.Tensor:
     """Resample axis by axis: volume axis `a` runs along patch axis `axes[a]` in steps of `steps[a]` voxels."""
     order = np.argsort(axes)
     exact = np.allclose(np.abs(steps), 1) and np.allclose(offset, np.rint(offset))
     if exact and all(values.shape[a] == counts[axes[a]] for a in range(3)):
         flipped = values[tuple(slice(None, None, int(s)) for s in np.rint(steps))]
-        return torch.from_numpy(volume.normalise(np.ascontiguousarray(flipped.transpose(order))))
-    result = torch.from_numpy(volume.normalise(values))
+        return torch.from_numpy(flipped.transpose(order).astype(np.float32, order="C"))
+    result = torch.from_numpy(values)
     for axis in range(3):
-        points = offset[axis] + steps[axis] * np.arange(counts[axes[axis]])
-        points = points.clip(0, result.shape[axis] - 1)
-        below = np.minimum(np.floor(points), max(result.shape[axis] - 2, 0)).astype(int)
+        last = result.shape[axis] - 1
+        points = (offset[axis] + steps[axis] * np.arange(counts[axes[axis]])).clip(0, last)
+        below = np.minimum(np.floor(points), max(last - 1, 0)).astype(int)
         weight = _along(torch.from_numpy((points - below).astype(np.float32)), axis)
-        near = result.index_select(axis, torch.from_numpy(below))
-        far = result.index_select(axis, torch.from_numpy(np.minimum(below + 1, result.shape[axis] - 1)))
+        near = result.index_select(axis, torch.from_numpy(below)).float()
+        far = result.index_select(axis, torch.from_numpy(np.minimum(below + 1, last))).float()
         result = torch.lerp(near, far, weight)
-    return result.permute(*order.tolist())
+    return result.permute(*order.tolist()).contiguous()
 
 
 def _along(line: torch.Tensor, axis: int) -> torch.Tensor:
@@ -203,7 +204,7 @@ def _sample_oblique(values: np.ndarray, matrix: np.ndarray, offset: np.ndarray, 
     for axis in range(3):
         i, j, k = (line * (matrix[axis, a] * scale[axis]) for a, line in enumerate(lines))
         grid[..., 2 - axis] = ((i + (offset[axis] * scale[axis] - 1.0)) + j).float() + k.float()
-    source = torch.from_numpy(values)[None, None]
+    source = torch.from_numpy(values).float()[None, None]
     result = torch.nn.functional.grid_sample(source, grid[None], "bilinear", "border", align_corners=True)
     return result[0, 0]
 

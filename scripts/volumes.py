@@ -122,15 +122,21 @@ class Volume:
         """The voxels in `box` (three slices with start and stop), int16 or float32, unscaled."""
         return self._array[tuple(box)]
 
-    def normalise(self, values: np.ndarray) -> np.ndarray:
-        """Intensities to float32 in [0, 1] by `window` (beyond it where `clip` is false)."""
+    def clipped(self, values: np.ndarray) -> np.ndarray:
+        """Stored intensities within `window`, in their own type; as they are where `clip` is false."""
+        if not self.clip:
+            return values
+        return np.clip(values, *(np.array(limit, values.dtype) for limit in self.window))
+
+    def scale(self, values: torch.Tensor) -> torch.Tensor:
+        """Float32 intensities to [0, 1] by `window`, in place; linear, so it may come after interpolation."""
         low, high = self.window
-        if self.clip:
-            values = np.clip(values, np.array(low, values.dtype), np.array(high, values.dtype))
-        scaled = values.astype(np.float32)
-        scaled -= np.float32(low)
-        scaled /= np.float32(high - low)
-        return scaled
+        return values.sub_(low).div_(high - low)
+
+    def normalise(self, values: np.ndarray) -> torch.Tensor:
+        """Stored intensities to float32 in [0, 1] by `window` (beyond it where `clip` is false)."""
+        clipped = self.clipped(values)
+        return self.scale(torch.from_numpy(clipped).to(torch.float32, copy=clipped is values))
 
 
 class VolumeDataset(Dataset):
@@ -169,7 +175,7 @@ class VolumeDataset(Dataset):
         """
         entry = self.data[index]
         volume = Volume.of(entry, self.store_dir, self.select_channel)
-        image = torch.from_numpy(volume.normalise(volume.read([slice(0, n) for n in volume.shape])))[None]
+        image = volume.normalise(volume.read([slice(0, n) for n in volume.shape]))[None]
         if self.crop is not None:
             image = torch.as_tensor(self.crop(image))
         intensity_range = volume.window[1] - volume.window[0]

@@ -6,12 +6,13 @@ python -m tests.benchmarks.data [--repeats 5] [--volume FILE]
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import os
-import resource
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -36,7 +37,7 @@ from monai.transforms import (
 
 from scripts.patches import PatchDataset, RandomPatch
 from scripts.phantom import phantom_image
-from scripts.volumes import convert
+from scripts.volumes import convert, stored_path
 from tests.benchmarks.table import median, print_table
 
 SHAPE, SPACING, PATCH = (512, 512, 140), (0.8, 0.8, 2.5), (96, 96, 96)
@@ -73,7 +74,7 @@ def seconds(draw: Callable[[int], object], count: int) -> list[float]:
     return times
 
 
-def machine_limits(folder: Path) -> dict[str, float]:
+def machine_limits() -> dict[str, float]:
     """Seconds to copy one float32 patch in memory, and GB/s of one core."""
     source = np.random.default_rng(0).random((64, *PATCH), dtype=np.float32)
     target = np.empty_like(source)
@@ -85,25 +86,35 @@ def machine_limits(folder: Path) -> dict[str, float]:
     return {"copy GB/s": 2 * source.nbytes / median(runs) / 1e9, "copy of a patch, ms": 1e3 * median(runs) / 64}
 
 
-def memory_growth(folder: Path, source: Path, patches: int = 500, volumes: int = 50) -> float:
-    """MB by which a process grows that draws `patches` patches from `volumes` volumes (links to one conversion)."""
-    names = [folder / f"volume_{i:02d}.nii.gz" for i in range(volumes)]
-    entries = []
-    for name in names:
-        if not name.exists():
-            os.link(source, name)
-        target = convert(source, folder / "store")
-        from scripts.volumes import stored_path
-
-        link = stored_path(name, folder / "store")
-        if not link.exists():
-            os.link(target, link)
-        entries.append({"image": str(name), "class": "ct"})
+def _grow(folder: Path, patches: int, queue: Any) -> None:
+    entries = [{"image": str(path), "class": "ct"} for path in sorted(folder.glob("volume_*.nii.gz"))]
     dataset = PatchDataset(entries, RandomPatch(PATCH), folder / "store")
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = resident_mb()
     for index in range(patches):
-        dataset[(1 + index // volumes, index % volumes)]
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+        dataset[(1 + index // len(entries), index % len(entries))]
+    queue.put(resident_mb() - before)
+
+
+def resident_mb() -> float:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE") / 2**20
+
+
+def memory_growth(folder: Path, source: Path, patches: int = 500, volumes: int = 50) -> list[float]:
+    """MB by which each of two fresh processes grows that draws `patches` patches from `volumes` volumes."""
+    converted = convert(source, folder / "store")
+    for index in range(volumes):  # links to one volume and its conversion: files of their own, space of one
+        link = folder / f"volume_{index:02d}.nii.gz"
+        os.link(source, link)
+        os.link(converted, stored_path(link, folder / "store"))
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    processes = [context.Process(target=_grow, args=(folder, patches, queue)) for _ in range(2)]
+    for process in processes:
+        process.start()
+    growth = [queue.get() for _ in processes]
+    for process in processes:
+        process.join()
+    return growth
 
 
 def main(repeats: int = 7, patches: int = 100, volume: str | None = None) -> None:
@@ -118,7 +129,7 @@ def main(repeats: int = 7, patches: int = 100, volume: str | None = None) -> Non
         converted = convert(source, folder / "store")
         conversion = time.perf_counter() - started
         ours = PatchDataset(entry, RandomPatch(PATCH), folder / "store")
-        growth = memory_growth(folder, source) if volume is None else float("nan")
+        growth = [] if volume else memory_growth(folder, source)
         disk = Dataset(entry, stock_transforms())
         cached = CacheDataset(entry, stock_transforms(), cache_rate=1.0, progress=False, num_workers=1)
         torch.manual_seed(0)
@@ -130,7 +141,7 @@ def main(repeats: int = 7, patches: int = 100, volume: str | None = None) -> Non
             times["disk"] += seconds(lambda _: disk[0], 2)
             times["ram"] += seconds(lambda _: cached[0], 3)
         mean = {key: sum(values) / len(values) for key, values in times.items()}
-        limits = machine_limits(folder)
+        limits = machine_limits()
         shape = " x ".join(map(str, nib.load(source).shape))
         rows = [
             (f"this bundle, {shape}", f"{1e3 * mean['ours']:.1f} ms", f"{1 / mean['ours']:.1f}", "1"),
@@ -145,7 +156,7 @@ def main(repeats: int = 7, patches: int = 100, volume: str | None = None) -> Non
             [
                 ("conversion, once a volume", f"{conversion:.2f} s"),
                 ("converted size / .nii.gz", f"{converted.stat().st_size / source.stat().st_size:.2f}"),
-                ("growth of a process over 500 patches of 50 volumes", f"{growth:.0f} MB"),
+                ("growth of two processes, 500 patches of 50 volumes each", ", ".join(f"{g:.0f} MB" for g in growth)),
                 ("limit: writing a patch once at memory speed", f"{limits['copy of a patch, ms']:.1f} ms"),
                 ("memory copy, one core", f"{limits['copy GB/s']:.1f} GB/s"),
             ],

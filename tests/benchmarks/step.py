@@ -160,21 +160,18 @@ def gemm_rate(device: str, dtype: torch.dtype) -> float:
     """TFLOP/s of a large matrix product: what the machine could do."""
     size = 8192 if device == "cuda" else 2048
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    return 2 * size**3 / median(timings(lambda: a @ b, device, 7)) / 1e12
+    times = [timed(lambda: a @ b, device) for _ in range(8)]
+    return 2 * size**3 / median(times[1:]) / 1e12
 
 
-def timings(call: Callable[[], object], device: str, repeats: int) -> list[float]:
-    def once() -> float:
-        if device == "cuda":
-            torch.cuda.synchronize()
-        started = time.perf_counter()
-        call()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - started
-
-    once()
-    return [once() for _ in range(repeats)]
+def timed(call: Callable[[], object], device: str) -> float:
+    if device == "cuda":
+        torch.cuda.synchronize()
+    started = time.perf_counter()
+    call()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
 
 
 def _peak(variant: str, size: int, device: str, queue: Any) -> None:
@@ -215,7 +212,7 @@ def main(sizes: list[int], repeats: int, device: str, memory_size: int, activati
             loop.step(images)
         for _ in range(repeats):  # in turns: what slows the machine down slows them all
             for variant, loop in loops.items():
-                times[variant] += timings(partial(loop.step, images), device, 1)
+                times[variant].append(timed(partial(loop.step, images), device))
         seconds = {variant: median(values) for variant, values in times.items()}
         tflop = STEP_TFLOP_AT_96 * (size / 96) ** 3
         rows = []
