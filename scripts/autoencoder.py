@@ -50,10 +50,9 @@ class _NormConv(torch.autograd.Function):
     def forward(ctx: Any, x: Any, norm_weight: Any, norm_bias: Any, weight: Any, bias: Any, options: tuple) -> Any:
         groups, eps, activate, padding = options
         x, weight, bias = x.contiguous(), weight.to(x.dtype), bias.to(x.dtype)
-        if x.is_cuda:  # the CUDA kernel wants one type; the CPU's takes float32 parameters as they are
-            norm_weight, norm_bias = norm_weight.to(x.dtype), norm_bias.to(x.dtype)
         geometry = (x.shape[0], x.shape[1], x[0, 0].numel(), groups)
-        h, mean, rstd = _group_norm(x, norm_weight, norm_bias, *geometry, eps)
+        h, mean, rstd = _group_norm(_wide(x), norm_weight, norm_bias, *geometry, eps)
+        h = h.to(x.dtype)
         ctx.save_for_backward(x, mean, rstd, norm_weight, norm_bias, weight)
         ctx.geometry, ctx.options = geometry, options
         return F.conv3d(F.silu(h, inplace=True) if activate else h, weight, bias, padding=padding)
@@ -62,14 +61,14 @@ class _NormConv(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         x, mean, rstd, norm_weight, norm_bias, weight = ctx.saved_tensors
         _, eps, activate, padding = ctx.options
-        h = _group_norm(x, norm_weight, norm_bias, *ctx.geometry, eps)[0]
+        h = _group_norm(_wide(x), norm_weight, norm_bias, *ctx.geometry, eps)[0].to(x.dtype)
         grad, grad_weight, grad_bias = _conv_backward(grads[0], F.silu(h) if activate else h, weight, padding)
         if activate:
             grad = _silu_backward(grad, h)
         grad_x, grad_scale, grad_shift = _group_norm_backward(
-            grad.contiguous(), x, mean, rstd, norm_weight, *ctx.geometry, [True] * 3
+            _wide(grad.contiguous()), _wide(x), mean, rstd, norm_weight, *ctx.geometry, [True] * 3
         )
-        return grad_x, grad_scale, grad_shift, grad_weight, grad_bias, None
+        return grad_x.to(x.dtype), grad_scale, grad_shift, grad_weight, grad_bias, None
 
 
 class _UpsampleConv(torch.autograd.Function):
@@ -87,8 +86,13 @@ class _UpsampleConv(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         grad, grad_weight, grad_bias = _conv_backward(grads[0], _double(x), weight, ctx.padding)
         size = [2 * n for n in x.shape[2:]]
-        grad_x = _upsample_backward(grad, size, list(x.shape), False, 2.0, 2.0, 2.0)
-        return grad_x, grad_weight, grad_bias, None
+        grad_x = _upsample_backward(_wide(grad), size, list(x.shape), False, 2.0, 2.0, 2.0)
+        return grad_x.to(x.dtype), grad_weight, grad_bias, None
+
+
+def _wide(x: torch.Tensor) -> torch.Tensor:
+    """Float32 on CUDA, whose kernels round statistics and sums to their input's type; the CPU's keep float32 inside."""
+    return x.float() if x.is_cuda else x
 
 
 def _double(x: torch.Tensor) -> torch.Tensor:
@@ -172,6 +176,9 @@ class FastAutoencoderKlMaisi(nn.Module):
         super().__init__()
         if any(m.norm_float16 for m in network.modules() if isinstance(m, MaisiGroupNorm3D)):
             logger.info("norm_float16 of the network definition is ignored: amp decides the type of normalisation")
+        asked = {m.num_splits for m in network.modules() if isinstance(m, MaisiConvolution)} - {num_splits}
+        if asked:
+            logger.info("num_splits %s of the network definition is ignored: %d is used", *asked, num_splits)
         for module in network.modules():
             if isinstance(module, MaisiConvolution):
                 module.num_splits, module.save_mem = num_splits, False
@@ -248,7 +255,7 @@ def save_weights(network: nn.Module, path: str | Path) -> None:
     try:
         torch.save(state, part)
         part.replace(path)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError where the disk is full
         raise UserError(f"{path}: cannot be written ({error}); free space or choose another model_dir") from error
     finally:
         part.unlink(missing_ok=True)
@@ -281,7 +288,15 @@ def load_weights(network: nn.Module, path: str | Path) -> None:
     Raises:
         UserError: naming the first parameter that is missing, unknown or of another shape.
     """
-    state, own = read_weights(path), network.state_dict()
+    state = read_weights(path)
+    check_weights(network, state, path)
+    network.load_state_dict(state)
+    logger.info("weights loaded from %s", path)
+
+
+def check_weights(network: nn.Module, state: dict[str, torch.Tensor], path: str | Path) -> None:
+    """Raise a UserError that names the first parameter of `state` that is missing, unknown or of another shape."""
+    own = network.state_dict()
     for name, tensor in own.items():
         if name in state and state[name].shape != tensor.shape:
             raise UserError(
@@ -292,5 +307,3 @@ def load_weights(network: nn.Module, path: str | Path) -> None:
     if missing or unknown:
         what = f"lacks {missing[0]}" if missing else f"has {unknown[0]}, which the network lacks"
         raise UserError(f"{path}: {what} (weights of another architecture); correct the path or autoencoder_def")
-    network.load_state_dict(state)
-    logger.info("weights loaded from %s", path)

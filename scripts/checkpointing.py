@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from ignite.engine import Events
+from torch.optim.lr_scheduler import LRScheduler
 
 from scripts.autoencoder import load_weights, save_weights
 from scripts.errors import UserError
@@ -34,9 +36,11 @@ class Checkpointing:
 
     def __init__(self, trainer: Any, state: Mapping[str, Any], model_dir: str, is_main: bool = True) -> None:
         self.trainer, self.is_main = trainer, is_main
-        self.state = {**state, "scaler_g": trainer.scaler_g, "scaler_d": trainer.scaler_d}
+        self.state = {**state, "scaler_g": trainer.scaler_g}
         self.folder = Path(model_dir)
         self.started_from: str | None = None
+        self.begins = False  # until the first save, files of an earlier training stay where they are
+        self.saved = time.monotonic()
         trainer.state.validations = []
 
     def start(self, resume: bool, finetune: bool, trained_autoencoder_path: str | None) -> None:
@@ -45,11 +49,6 @@ class Checkpointing:
         A checkpoint that began from other weights belongs to another training: its files are set aside, and a new
         training begins.
         """
-        if finetune and not trained_autoencoder_path:
-            raise UserError(
-                f"finetune is true, but trained_autoencoder_path is {trained_autoencoder_path}; give the weights to "
-                "start from, or set finetune to false"
-            )
         self.started_from = str(Path(str(trained_autoencoder_path)).resolve()) if finetune else None
         checkpoint = self.folder / CHECKPOINT
         if resume and checkpoint.exists():
@@ -57,14 +56,23 @@ class Checkpointing:
             if content["started_from"] == self.started_from:
                 self._restore(content, checkpoint)
                 return
+            logger.warning(
+                "%s began from other weights (%s): a new training begins", checkpoint, content["started_from"]
+            )
         if finetune:
             load_weights(self.state["autoencoder"], str(trained_autoencoder_path))
-        if self.is_main:
-            self._set_aside()
+        self.begins = True
 
-    def attach(self) -> None:
-        """Save at the end of each epoch, after its validation."""
+    def attach(self, checkpoint_minutes: float) -> None:
+        """Save at the end of each epoch, after its validation, and the checkpoint every so many minutes."""
+        self.seconds = 60 * checkpoint_minutes
+        self.trainer.add_event_handler(Events.ITERATION_COMPLETED, self._iteration_completed)
         self.trainer.add_event_handler(Events.EPOCH_COMPLETED, self._epoch_completed)
+
+    def _iteration_completed(self, engine: Any) -> None:
+        ends_epoch = engine.state.iteration % engine.state.epoch_length == 0
+        if self.is_main and not ends_epoch and time.monotonic() - self.saved > self.seconds:
+            self._write(self.folder / CHECKPOINT)
 
     def _epoch_completed(self, engine: Any) -> None:
         epoch = engine.state.epoch
@@ -72,13 +80,14 @@ class Checkpointing:
         best = bool(validations) and validations[-1]["epoch"] == epoch == self.best_epoch()
         if not self.is_main:
             return
+        self._set_aside()
         save_weights(self.state["autoencoder"], self.folder / AUTOENCODER)
         save_weights(self.state["discriminator"], self.folder / DISCRIMINATOR)
         if best:
             save_weights(self.state["autoencoder"], self.folder / BEST.format(epoch))
         self._write(self.folder / CHECKPOINT)
         for other in self.folder.glob(BEST.format("*")):
-            if best and other.name != BEST.format(epoch):
+            if best and other.name != BEST.format(epoch) and str(other.resolve()) != self.started_from:
                 other.unlink()
 
     def best_epoch(self) -> int:
@@ -96,11 +105,13 @@ class Checkpointing:
         }
 
     def _write(self, path: Path) -> None:
+        self._set_aside()
         part = path.with_name(f".part-{path.name}")
         try:
             torch.save(self._content(), part)
             part.replace(path)
-        except OSError as error:
+            self.saved = time.monotonic()
+        except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError where the disk is full
             raise UserError(f"{path}: cannot be written ({error}); free space or choose another model_dir") from error
         finally:
             part.unlink(missing_ok=True)
@@ -125,8 +136,10 @@ class Checkpointing:
                 "training data and batch_size, or start over with --resume False and another model_dir"
             )
         for name, item in self.state.items():
+            if not content["state"][name]:  # a gradient scaler of a run that needed none
+                continue
             try:
-                item.load_state_dict(content["state"][name])
+                _load(item, content["state"][name])
             except (RuntimeError, ValueError, KeyError) as error:
                 reason = " ".join(str(error).split())[:160]
                 raise UserError(
@@ -140,6 +153,9 @@ class Checkpointing:
 
     def _set_aside(self) -> None:
         """Keep the files of another training that used this folder, in `previous_1`, `previous_2`, ..."""
+        if not self.begins:
+            return
+        self.begins = False
         names = (CHECKPOINT, AUTOENCODER, DISCRIMINATOR)
         files = [f for f in (*(self.folder / n for n in names), *self.folder.glob(BEST.format("*"))) if f.exists()]
         if not files:
@@ -154,9 +170,20 @@ class Checkpointing:
             except OSError:
                 shutil.copy2(file, folder / file.name)
         for file in files:
-            if file.name not in (AUTOENCODER, DISCRIMINATOR):
+            if file.name not in (AUTOENCODER, DISCRIMINATOR) and str(file.resolve()) != self.started_from:
                 file.unlink()
         logger.info("%s holds an earlier training; its files are kept in %s", self.folder, folder)
+
+
+def _load(item: Any, state: dict[str, Any]) -> None:
+    """Load `state`, but let the configuration decide on learning rates: a changed `lr` or warm-up is obeyed."""
+    if isinstance(item, LRScheduler):
+        item.last_epoch, item._step_count = state["last_epoch"], state["_step_count"]
+        item._last_lr = [base * item.lr_lambdas[0](item.last_epoch) for base in item.base_lrs]  # type: ignore[attr-defined]
+        for group, rate in zip(item.optimizer.param_groups, item._last_lr, strict=True):
+            group["lr"] = rate
+        return
+    item.load_state_dict(state)
 
 
 def attach_checkpointing(
@@ -164,6 +191,7 @@ def attach_checkpointing(
     state: Mapping[str, Any],
     model_dir: str,
     resume: bool = True,
+    checkpoint_minutes: float = 30,
     finetune: bool = False,
     trained_autoencoder_path: str | None = None,
     is_main: bool = True,
@@ -171,4 +199,4 @@ def attach_checkpointing(
     """Start or resume `trainer` and save it from now on; see `Checkpointing`."""
     checkpointing = Checkpointing(trainer, state, model_dir, is_main)
     checkpointing.start(resume, finetune, trained_autoencoder_path)
-    checkpointing.attach()
+    checkpointing.attach(checkpoint_minutes)

@@ -104,7 +104,14 @@ def build(
         splits = {split: _find(folder, pattern) if folder else [] for split, folder in folders.items()}
     else:
         raise UserError("give --train_dir and --val_dir (and --test_dir), or --data_dir")
-    _warn_shared_files(splits)
+    _refuse_shared_files(splits)
+    wanted = ["training"] + [s for s, f in (("validation", val_fraction), ("testing", test_fraction)) if data_dir and f]
+    for split in wanted:
+        if not splits[split]:
+            raise UserError(
+                f"{data_dir or train_dir}: the {split} list would be empty (too few files or groups); "
+                "change --val_fraction, --test_fraction or --group_by"
+            )
     datalist = {split: [_entry(f, relative_to, modality) for f in sorted(files)] for split, files in splits.items()}
     target = Path(output)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -121,7 +128,7 @@ def _entry(path: Path, relative_to: str | None, modality: str) -> dict[str, str]
     return {"image": os.path.relpath(absolute, relative_to) if relative_to else absolute, "class": modality}
 
 
-def _warn_shared_files(splits: Mapping[str, Sequence[Path]]) -> None:
+def _refuse_shared_files(splits: Mapping[str, Sequence[Path]]) -> None:
     owner: dict[Path, str] = {}
     for split, files in splits.items():
         for file in files:
@@ -136,8 +143,8 @@ def load(path: str | Path, base_dir: str | Path | None = None) -> Datalist:
     Args:
         path: a JSON file with the lists `training`, `validation` and perhaps `testing`, of entries
             `{"image": path, "class": "ct" or "mri"}` (`class` may be left out: "ct").
-        base_dir: what relative paths are relative to: this folder, where the volume is there, else the
-            datalist's own folder.
+        base_dir: what relative paths are relative to, where the volume is there; else the datalist's own folder,
+            or the working directory.
 
     Raises:
         UserError: naming the file and the key, what is wrong and what to do.
@@ -155,7 +162,7 @@ def load(path: str | Path, base_dir: str | Path | None = None) -> Datalist:
         if key not in SPLITS:
             raise UserError(f"{path}: unknown list {key!r}{_suggest(key, SPLITS)}; the lists are {', '.join(SPLITS)}")
     folders = [Path(base_dir)] if base_dir else []
-    folders.append(path.parent)
+    folders += [path.parent, Path()]
     splits: Datalist = {}
     for split in SPLITS:
         entries = content.get(split, [])
@@ -183,7 +190,7 @@ def _checked_entry(entry: object, where: str, folders: Sequence[Path]) -> dict[s
     if not isinstance(modality, str) or modality.lower() not in CLASSES:
         raise UserError(f"{where} has class {modality!r}; use one of {', '.join(CLASSES)}")
     if not Path(image).is_absolute():
-        image = next((str((f / image).absolute()) for f in folders if (f / image).exists()), str(folders[-1] / image))
+        image = str((next((f for f in folders if (f / image).exists()), folders[0]) / image).absolute())
     return {"image": image, "class": modality.lower()}
 
 
@@ -272,15 +279,16 @@ def examine(entry: Mapping[str, str]) -> Report:
     return report
 
 
-def check(file: str, num_workers: int = 4, strict: bool = False) -> None:
+def check(file: str, num_workers: int = 4, strict: bool = False, base_dir: str | None = None) -> None:
     """Open every volume of the datalist FILE, report, and exit with status 1 where training would fail.
 
     Args:
         file: the datalist.
         num_workers: volumes read at a time.
         strict: let warnings fail as well.
+        base_dir: what relative paths are relative to (see `build --relative_to`).
     """
-    datalist = load(file)
+    datalist = load(file, base_dir)
     require(datalist, "training", file)
     require(datalist, "validation", file)
     problems: list[str] = []

@@ -33,6 +33,7 @@ def last_line(error: BaseException) -> str:
 
 
 def _excepthook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    sys.stdout.flush()  # where both go to one file, the error is to come last
     if not any(isinstance(e, UserError) for e in _chain(error)):
         traceback.print_exception(kind, error, trace)
     print(last_line(error), file=sys.stderr, flush=True)

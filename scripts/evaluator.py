@@ -11,6 +11,7 @@ from ignite.engine import Events
 from monai.engines import Evaluator
 from monai.inferers import Inferer, SlidingWindowInferer
 from monai.metrics.regression import compute_ssim_and_cs
+from monai.transforms import CenterSpatialCrop
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -20,7 +21,8 @@ from scripts.trainer import amp_dtype
 class VolumeInferer(SlidingWindowInferer):
     """`SlidingWindowInferer` for autoencoders: windows no larger than the volume, volumes of any size.
 
-    Windows are stitched on the CPU, so the device holds one window, whatever the volume's size.
+    Windows are stitched on the CPU, so that the network holds one window on the device, whatever the volume's size.
+    They start at multiples of `factor`, so that those of the latents fit.
 
     Args:
         roi_size: window in voxels; None takes the volume in one piece.
@@ -30,7 +32,7 @@ class VolumeInferer(SlidingWindowInferer):
 
     def __init__(self, roi_size: list[int] | None = None, factor: int = 4, **kwargs: Any) -> None:
         super().__init__(roi_size or [0, 0, 0], **{"device": torch.device("cpu"), **kwargs})
-        self.window, self.factor = roi_size, factor
+        self.window, self.factor, self.share = roi_size, factor, float(kwargs.get("overlap", 0.25))
 
     def __call__(self, inputs: torch.Tensor, network: Any, *args: Any, **kwargs: Any) -> Any:
         """Reconstruction cropped to the size of `inputs` (B, 1, X, Y, Z), and the latents of the padded volume."""
@@ -38,6 +40,8 @@ class VolumeInferer(SlidingWindowInferer):
         short = [-n % self.factor for n in size]
         padded = F.pad(inputs, [p for s in reversed(short) for p in (s // 2, s - s // 2)])
         self.roi_size = [min(w, n) for w, n in zip(self.window or padded.shape[2:], padded.shape[2:], strict=True)]
+        steps = [max(int(r * (1 - self.share)) // self.factor, 1) * self.factor for r in self.roi_size]
+        self.overlap = [1 - step / r for step, r in zip(steps, self.roi_size, strict=True)]
         reconstruction, *latents = super().__call__(padded, network, *args, **kwargs)
         start = [s // 2 for s in short]
         box = [slice(a, a + n) for a, n in zip(start, size, strict=True)]
@@ -105,6 +109,8 @@ class VaeEvaluator(Evaluator):
         val_data_loader: batches with `image`, (B, 1, X, Y, Z), and `range`.
         autoencoder: a `FastAutoencoderKlMaisi`.
         generator_loss: a `VaeLoss`.
+        discriminator: for `adv_loss` and `d_loss`, measured on the centre of each volume.
+        adversarial_loss: called with (logits, target_is_real, for_discriminator).
         inferer: gives (reconstruction, posterior mean, posterior standard deviation) of a volume.
         amp: compute in `amp_dtype`.
         engine_kwargs: for `monai.engines.Evaluator`: `val_handlers`, ...
@@ -119,6 +125,8 @@ class VaeEvaluator(Evaluator):
         val_data_loader: DataLoader,
         autoencoder: nn.Module,
         generator_loss: nn.Module,
+        discriminator: nn.Module,
+        adversarial_loss: nn.Module,
         inferer: Inferer,
         amp: bool = True,
         **engine_kwargs: Any,
@@ -126,6 +134,7 @@ class VaeEvaluator(Evaluator):
         handlers = engine_kwargs.pop("val_handlers", None)
         super().__init__(device=device, val_data_loader=val_data_loader, amp=amp, decollate=False, **engine_kwargs)
         self.autoencoder, self.generator_loss, self.inferer = autoencoder, generator_loss, inferer
+        self.discriminator, self.adversarial_loss = discriminator, adversarial_loss
         self.dtype = amp_dtype(self.state.device, amp)
         self.add_event_handler(Events.EPOCH_STARTED, self._start)
         self.add_event_handler(Events.EPOCH_COMPLETED, self._finish)
@@ -151,12 +160,24 @@ class VaeEvaluator(Evaluator):
                 one = [t[i : i + 1].to(device) for t in (reconstructions, images, mu, sigma)]
                 with torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32):
                     losses = self.generator_loss(*one)
+                losses |= self._judge(one[0], one[1])
                 quality = reconstruction_metrics(one[0], one[1], float(batch["range"][i]))
                 per_element = {"kl_per_element": float(losses["kl_loss"]) / mu[i].numel()}
                 self.cases.append({name: float(value) for name, value in losses.items()} | per_element | quality)
         return {"image": images, "reconstruction": reconstructions}
 
+    def _judge(self, reconstruction: torch.Tensor, image: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The adversarial losses of the centre, at most 96 voxels wide: enough to watch, little to compute."""
+        crop = CenterSpatialCrop([min(n, 96) for n in image.shape[2:]])
+        both = torch.cat([torch.as_tensor(crop(t[0]))[None] for t in (reconstruction, image)])
+        thin = [max(32 - n, 0) for n in both.shape[:1:-1]]
+        both = F.pad(both, [p for t in thin for p in (0, t)])
+        fake, real = getattr(self.discriminator, "module", self.discriminator)(both)[-1].chunk(2)
+        d_loss = 0.5 * (self.adversarial_loss(fake, False, True) + self.adversarial_loss(real, True, True))
+        return {"adv_loss": self.adversarial_loss(fake, True, False), "d_loss": d_loss}
+
     def _finish(self, engine: Any) -> None:
+        engine.state.batch = engine.state.output = None  # a whole volume each, not to be held until the next time
         names = self.cases[0]
         engine.state.metrics = {name: sum(case[name] for case in self.cases) / len(self.cases) for name in names}
         engine.state.metrics |= self.latents.compute()

@@ -165,7 +165,9 @@ class TrainingLog:
 
     def _failed(self, engine: Any, error: BaseException) -> None:
         if hasattr(self, "bar"):
+            self._show(engine)  # what led to it is to be seen
             self.bar.close()
+        self.log.close()
         raise error
 
 

@@ -184,7 +184,7 @@ class PerceptualLoss(nn.Module):
             return ((torch.arange(wanted) + 0.5) * (count / wanted)).long()
         return torch.randperm(count, generator=generator)[:wanted]
 
-    def _mean_distance(self, slices: torch.Tensor, target: torch.Tensor, chunk: int = 64) -> torch.Tensor:
+    def _mean_distance(self, slices: torch.Tensor, target: torch.Tensor, chunk: int = 16) -> torch.Tensor:
         if torch.is_grad_enabled() or len(slices) <= chunk:
             return self.distance(slices, target).mean()
         pairs = zip(slices.split(chunk), target.split(chunk), strict=True)

@@ -14,6 +14,7 @@ from monai.bundle.utils import ID_SEP_KEY
 from torch import nn
 
 from scripts import datalist as datalists
+from scripts.autoencoder import check_weights, read_weights
 from scripts.errors import UserError
 from scripts.trainer import amp_dtype
 from scripts.volumes import prepare
@@ -147,10 +148,26 @@ def check_patch(patch_size: Sequence[int], discriminator: nn.Module) -> None:
         ) from error
 
 
-def load_split(json_data_list: str | Sequence[str], split: str) -> list[dict[str, str]]:
-    """The entries of one split of a datalist, which must not be empty."""
+def load_split(json_data_list: str | Sequence[str], split: str, base_dir: str | None = None) -> list[dict[str, str]]:
+    """The entries of one split of a datalist, which must not be empty; relative paths are those under `base_dir`."""
     path = json_data_list if isinstance(json_data_list, str) else json_data_list[0]
-    return datalists.require(datalists.load(path), split, path)
+    return datalists.require(datalists.load(path, base_dir), split, path)
+
+
+def check_start(autoencoder: nn.Module, finetune: bool, trained_autoencoder_path: str | None) -> None:
+    """Whether the weights to fine-tune from are given, readable and of this architecture."""
+    if finetune and not trained_autoencoder_path:
+        raise UserError(
+            f"finetune is true, but trained_autoencoder_path is {trained_autoencoder_path}; give the weights to "
+            "start from, or set finetune to false"
+        )
+    if finetune:
+        check_weights(autoencoder, read_weights(str(trained_autoencoder_path)), str(trained_autoencoder_path))
+
+
+def check_built(*parts: object) -> None:
+    """Building the parts is the check: their constructors refuse what is wrong, before any volume is converted."""
+    assert all(part is not None for part in parts)
 
 
 def prepare_folders(*folders: str) -> None:
@@ -179,7 +196,8 @@ def prepare_data(
 def print_table(trainer: Any, evaluator: Any, amp: bool, patch_size: Sequence[int]) -> None:
     """What will run: volumes, steps, parameters, precision, device, and what a validation costs in steps."""
     voxels = float(torch.tensor(patch_size).prod()) * trainer.data_loader.batch_size
-    validation = sum(float(evaluator.data_loader.dataset.voxels(i)) for i in range(len(evaluator.data_loader.dataset)))
+    volumes = evaluator.data_loader.dataset
+    validation = sum(volumes.voxels(i) for i in range(len(volumes))) / (1 - evaluator.inferer.share) ** 3
     parameters = [
         sum(p.numel() for p in net.parameters()) / 1e6 for net in (trainer.autoencoder, trainer.discriminator)
     ]

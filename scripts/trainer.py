@@ -28,7 +28,8 @@ def amp_dtype(device: torch.device | str, amp: bool) -> torch.dtype:
         return torch.float32
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
+    usable = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.bfloat16 if usable else torch.float32
 
 
 def adam_eps(amp: bool) -> float:
@@ -70,7 +71,7 @@ class VaeTrainer(Trainer):
         adversarial_loss: called with (logits, target_is_real, for_discriminator).
         adv_weight: of the adversarial term in the autoencoder's loss.
         inferer: runs the autoencoder.
-        amp: compute in `amp_dtype`; float16 gets a gradient scaler for each optimizer.
+        amp: compute in `amp_dtype`; float16 gets a gradient scaler for the autoencoder.
         seed: everything random in a step is a function of (seed, iteration, sample's place in the global batch).
         engine_kwargs: for `monai.engines.Trainer`: `max_epochs`, `train_handlers`, ...
     """
@@ -106,7 +107,6 @@ class VaeTrainer(Trainer):
         self.dtype = amp_dtype(self.state.device, amp)
         scaling: dict[str, Any] = {"init_scale": 2.0**8, "growth_factor": 1.5, "enabled": self.dtype == torch.float16}
         self.scaler_g = torch.amp.GradScaler(self.state.device.type, **scaling)
-        self.scaler_d = torch.amp.GradScaler(self.state.device.type, **scaling)
         self.add_event_handler(Events.EPOCH_STARTED, self._start_epoch)
 
     def run(self) -> None:  # type: ignore[override]
@@ -137,7 +137,9 @@ class VaeTrainer(Trainer):
             losses = self.generator_loss(reconstruction, images, mu, sigma, generators)
         losses["adv_loss"] = self.adversarial_loss(judge(reconstruction.float())[-1], True, False)
         loss_g = losses["loss"] + self.adv_weight * losses["adv_loss"]
-        self._step(loss_g, self.optimizer_g, self.scaler_g)
+        self.scaler_g.scale(loss_g).backward()
+        self.scaler_g.step(self.optimizer_g)
+        self.scaler_g.update()
 
         # (2) discriminator: fake and real in one pass (its normalisation is per sample)
         judge.requires_grad_(True)
@@ -146,13 +148,9 @@ class VaeTrainer(Trainer):
         losses["d_fake_loss"] = self.adversarial_loss(fake, False, True)
         losses["d_real_loss"] = self.adversarial_loss(real, True, True)
         losses["d_loss"] = (losses["d_fake_loss"] + losses["d_real_loss"]) * 0.5
-        self._step(losses["d_loss"], self.optimizer_d, self.scaler_d)
+        losses["d_loss"].backward()
+        self.optimizer_d.step()
         return {name: value.detach() for name, value in losses.items()}
-
-    def _step(self, loss: torch.Tensor, optimizer: Optimizer, scaler: torch.amp.GradScaler) -> None:
-        scaler.scale(loss).backward()
-        scaler.step(optimizer)
-        scaler.update()
 
     def _draw(self, images: torch.Tensor) -> tuple[torch.Tensor, list[torch.Generator]]:
         """Latent noise, and for each sample what chooses its slices; the same however samples are spread over ranks."""

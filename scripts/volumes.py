@@ -83,7 +83,7 @@ def convert(source: str | Path, store_dir: str | Path, modality: str = "ct", sel
         array.schunk.vlmeta["volume"] = {"affine": affine.tolist(), "window": list(window), "source": str(source)}
         del array
         part.replace(target)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # Blosc2 raises RuntimeError where the disk is full
         raise UserError(f"{store_dir}: cannot write the converted {source} ({error}); free space there") from error
     finally:
         part.unlink(missing_ok=True)
@@ -157,13 +157,16 @@ class VolumeDataset(Dataset):
         patch_size: Sequence[int] | None = None,
     ) -> None:
         self.data, self.store_dir, self.select_channel = data, store_dir, select_channel
+        self.patch_size = patch_size
         self.crop = None if patch_size is None else ResizeWithPadOrCrop(patch_size)
 
     def __len__(self) -> int:
         return len(self.data)
 
     def voxels(self, index: int) -> int:
-        """How many voxels volume `index` has."""
+        """How many voxels item `index` has."""
+        if self.patch_size is not None:
+            return math.prod(self.patch_size)
         return math.prod(Volume.of(self.data[index], self.store_dir, self.select_channel).shape)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
@@ -238,9 +241,15 @@ def _check_disk(sources: Sequence[str], store_dir: Path, progress: bool) -> None
         )
 
 
-def _main(datalist: str, store_dir: str = "data/store", select_channel: int = 0, num_workers: int = 4) -> str:
+def _main(
+    datalist: str,
+    store_dir: str = "data/store",
+    select_channel: int = 0,
+    num_workers: int = 4,
+    base_dir: str | None = None,
+) -> str:
     """Convert every volume of a datalist ahead of training; run it again to go on where it stopped."""
-    entries = [entry for split in load(datalist).values() for entry in split]
+    entries = [entry for split in load(datalist, base_dir).values() for entry in split]
     converted = prepare(entries, store_dir, select_channel, num_workers)
     return f"{converted} volumes converted, {len(entries) - converted} were there already, in {store_dir}"
 

@@ -151,3 +151,30 @@ def test_bad_weights_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds more than tensors"):
         load_weights(network, path)
     assert not (tmp_path / "owned").exists()
+
+
+@pytest.mark.slow
+def test_compiled_step_equals_the_eager_one() -> None:
+    eager = FastAutoencoderKlMaisi(stock_network())
+    compiled = copy.deepcopy(eager)
+    compiled.compile()
+    x, noise = torch.rand(1, 1, 16, 16, 16), torch.randn(1, 4, 4, 4, 4)
+    for network in (eager, compiled):
+        (network(x, noise)[0] - x).abs().mean().backward()
+    for (name, ours), theirs in zip(compiled.named_parameters(), eager.parameters(), strict=True):
+        assert (ours.grad is None) == (theirs.grad is None)
+        if ours.grad is not None:
+            assert (ours.grad - theirs.grad).abs().max() < 1e-3 * theirs.grad.abs().max().clamp(min=1e-6), name
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_gradients_on_a_gpu_stay_near_float32_on_the_cpu() -> None:
+    fast = FastAutoencoderKlMaisi(stock_network())
+    x = torch.rand(1, 1, 16, 16, 16)
+    expected = gradients(fast, x)
+    gpu = copy.deepcopy(fast).cuda()
+    gpu.zero_grad(set_to_none=True)
+    with torch.autocast("cuda", torch.bfloat16):
+        got = gradients(gpu, x.cuda())
+    for name, gradient in expected.items():
+        assert (got[name].cpu() - gradient).norm() < 0.1 * gradient.norm() + 1e-6, name

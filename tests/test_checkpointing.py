@@ -6,11 +6,13 @@ import pytest
 import torch
 from ignite.engine import Events
 from monai.apps.generation.maisi.networks.autoencoderkl_maisi import AutoencoderKlMaisi
+from torch.utils.data import DataLoader
 
 from scripts.autoencoder import save_weights
 from scripts.checkpointing import attach_checkpointing
 from scripts.errors import UserError
-from scripts.trainer import VaeTrainer
+from scripts.patches import EpochSampler
+from scripts.trainer import VaeTrainer, Warmup
 from tests.test_autoencoder import SMALL, stock_network
 from tests.test_trainer import make_trainer
 
@@ -18,6 +20,8 @@ from tests.test_trainer import make_trainer
 def begin(folder: Path, epochs: int, **options) -> VaeTrainer:
     trainer = make_trainer(batch_size=1, steps=2)
     trainer.state.max_epochs = epochs
+    dataset = trainer.data_loader.dataset
+    trainer.data_loader = DataLoader(dataset, 1, sampler=EpochSampler(len(dataset), seed=5))
     scheduler = torch.optim.lr_scheduler.LambdaLR(trainer.optimizer_g, lambda e: 1 / (e + 1))
     trainer.add_event_handler(Events.EPOCH_COMPLETED, lambda _: scheduler.step())
     state = {n: getattr(trainer, n) for n in ("autoencoder", "discriminator", "optimizer_g", "optimizer_d")}
@@ -63,12 +67,41 @@ def test_finetuning_starts_from_the_weights_and_keeps_the_earlier_training(tmp_p
     options = {"finetune": True, "trained_autoencoder_path": str(folder / "autoencoder.pt")}
     finetuned = begin(folder, 1, **options)
     assert finetuned.state.iteration == 0 and same(finetuned.autoencoder.state_dict(), earlier)
-    assert same(torch.load(folder / "previous_1" / "autoencoder.pt", weights_only=True), earlier)
+    assert not (folder / "previous_1").exists()  # nothing is moved before there is something to save
     finetuned.run()
     assert same(torch.load(folder / "previous_1" / "autoencoder.pt", weights_only=True), earlier)
     assert not same(torch.load(folder / "autoencoder.pt", weights_only=True), earlier)
     again = begin(folder, 2, **options)  # the same command resumes the fine-tuning
     assert again.state.iteration == 2 and not (folder / "previous_2").exists()
+
+
+def test_resuming_in_the_middle_of_an_epoch(tmp_path: Path) -> None:
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "broken").mkdir()
+    begin(tmp_path / "whole", 2).run()
+    broken = begin(tmp_path / "broken", 2, checkpoint_minutes=0)
+    broken.add_event_handler(Events.ITERATION_COMPLETED(once=3), lambda e: e.terminate())
+    broken.run()
+    (tmp_path / "broken" / "autoencoder.pt").unlink()
+    resumed = begin(tmp_path / "broken", 2)
+    assert resumed.state.iteration == 3
+    resumed.run()
+    assert resumed.state.iteration == 4
+    states = [torch.load(tmp_path / f / "autoencoder.pt", weights_only=True) for f in ("whole", "broken")]
+    assert same(*states)
+
+
+def test_a_changed_learning_rate_is_obeyed_on_resuming(tmp_path: Path) -> None:
+    begin(tmp_path, 1).run()
+    trainer = make_trainer(batch_size=1, steps=2)
+    trainer.state.max_epochs = 2
+    trainer.optimizer_g.param_groups[0]["lr"] = 5e-3
+    trainer.optimizer_g.defaults["lr"] = 5e-3
+    scheduler = torch.optim.lr_scheduler.LambdaLR(trainer.optimizer_g, Warmup([9], [0.5]))
+    state = {n: getattr(trainer, n) for n in ("autoencoder", "discriminator", "optimizer_g", "optimizer_d")}
+    attach_checkpointing(trainer, state | {"scheduler": scheduler}, str(tmp_path))
+    assert trainer.optimizer_g.param_groups[0]["lr"] == pytest.approx(2.5e-3)
+    assert scheduler.last_epoch == 1
 
 
 def test_only_the_best_validation_is_kept(tmp_path: Path) -> None:
@@ -95,8 +128,6 @@ def test_what_does_not_fit_is_refused_and_left_alone(tmp_path: Path) -> None:
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
     with pytest.raises(UserError, match=r"no such weights file; correct trained_autoencoder_path"):
         begin(tmp_path, 1, finetune=True, trained_autoencoder_path=str(tmp_path / "nothing.pt"))
-    with pytest.raises(UserError, match="trained_autoencoder_path is None"):
-        begin(tmp_path, 1, finetune=True)
     save_weights(stock_network(num_channels=[32, 32, 32]), tmp_path / "other.pt")
     with pytest.raises(UserError, match="use weights of this architecture"):
         begin(tmp_path, 1, finetune=True, trained_autoencoder_path=str(tmp_path / "other.pt"))

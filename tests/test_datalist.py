@@ -62,6 +62,13 @@ def test_build_relative_paths_load_from_their_folder(folders: Path) -> None:
     assert load(output)["training"][1]["image"] == str(folders / "train/CVAI-001-tar.nii.gz")
 
 
+def test_relative_paths_are_found_under_base_dir(folders: Path) -> None:
+    output = folders / "elsewhere" / "datalist.json"
+    build(str(output), data_dir=str(folders / "all"), relative_to=str(folders / "all"))
+    entry = load(output, folders / "all")["training"][0]["image"]
+    assert Path(entry).is_file() and Path(entry).is_absolute()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -73,6 +80,7 @@ def test_build_relative_paths_load_from_their_folder(folders: Path) -> None:
         ({"train_dir": "train"}, "give --train_dir and --val_dir"),
         ({"train_dir": "train", "val_dir": "train"}, "is in training and in validation"),
         ({"data_dir": "all", "modality": "pet"}, "'pet' is unknown"),
+        ({"data_dir": "all", "group_by": "patient", "val_fraction": 0.5}, "the training list would be empty"),
     ],
 )
 def test_build_refuses(folders: Path, monkeypatch, options: dict, message: str) -> None:

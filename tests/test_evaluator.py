@@ -5,12 +5,13 @@ import math
 import numpy as np
 import pytest
 import torch
+from monai.networks.nets import PatchDiscriminator
 from torch import nn
 from torch.utils.data import DataLoader
 
 from scripts.autoencoder import FastAutoencoderKlMaisi
 from scripts.evaluator import LatentHealth, VaeEvaluator, VolumeInferer, reconstruction_metrics
-from scripts.losses import PerceptualLoss, VaeLoss
+from scripts.losses import LeastSquaresAdversarialLoss, PerceptualLoss, VaeLoss
 from tests.test_autoencoder import stock_network
 
 
@@ -20,6 +21,13 @@ class _Pooled(nn.Module):
     def reconstruct(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         mu = nn.functional.avg_pool3d(x, 4)
         return x, mu, mu * 0 + 0.5
+
+
+def test_windows_of_the_latents_fit_whatever_the_overlap() -> None:
+    volume = torch.rand(1, 1, 60, 44, 52)
+    for window, overlap in (([24, 24, 24], 0.25), ([20, 16, 28], 0.6), ([16, 16, 16], 0.9)):
+        _, mu, _ = VolumeInferer(window, overlap=overlap)(volume, _Pooled().reconstruct)
+        assert torch.allclose(mu, nn.functional.avg_pool3d(volume, 4), atol=1e-5)
 
 
 @pytest.mark.parametrize("size", [(16, 16, 16), (40, 37, 18), (9, 50, 33)])
@@ -78,12 +86,16 @@ def test_evaluation_is_deterministic_and_averages_volumes() -> None:
     network = FastAutoencoderKlMaisi(stock_network())
     loss = VaeLoss(PerceptualLoss(pretrained=False), kl_weight=1e-3)
 
+    discriminator = PatchDiscriminator(spatial_dims=3, channels=8, in_channels=1, norm="INSTANCE")
+
     def evaluate(items: list[dict]) -> dict[str, float]:
         evaluator = VaeEvaluator(
             device="cpu",
             val_data_loader=DataLoader(items, 1),  # type: ignore[arg-type]
             autoencoder=network,
             generator_loss=loss,
+            discriminator=discriminator,
+            adversarial_loss=LeastSquaresAdversarialLoss(),
             inferer=VolumeInferer([16, 16, 16]),
             amp=False,
         )
@@ -95,7 +107,7 @@ def test_evaluation_is_deterministic_and_averages_volumes() -> None:
     assert network.training
     assert together == evaluate(volumes)
     apart = [evaluate([v]) for v in volumes]
-    for name in ("loss", "recons_loss", "kl_loss", "p_loss", "psnr", "ssim", "mae_hu", "kl_per_element"):
+    for name in ("loss", "recons_loss", "kl_loss", "p_loss", "psnr", "ssim", "mae_hu", "adv_loss", "d_loss"):
         assert together[name] == pytest.approx(np.mean([a[name] for a in apart]), rel=1e-6)
     expected = together["recons_loss"] + 1e-3 * together["kl_loss"] + 0.3 * together["p_loss"]
     assert together["loss"] == pytest.approx(expected, rel=1e-6)

@@ -25,8 +25,8 @@ class Patches(Dataset):
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        return {"image": self.images[index]}
+    def __getitem__(self, key: int | tuple[int, int]) -> dict[str, torch.Tensor]:
+        return {"image": self.images[key[1] if isinstance(key, tuple) else key]}
 
 
 def make_trainer(batch_size: int = 2, steps: int = 3, amp: bool = False, size: int = 24, layers: int = 2) -> VaeTrainer:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import multiprocessing
 import os
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from monai.transforms import ScaleIntensityRange, ScaleIntensityRangePercentiles
 
 from scripts.errors import UserError
 from scripts.nifti import read_nifti
+from scripts.phantom import make_phantom
 from scripts.volumes import Volume, VolumeDataset, convert, prepare, stored_path
 from tests.conftest import oriented_affine, save_nifti
 
@@ -95,3 +97,23 @@ def test_paths_with_spaces_and_other_letters(tmp_path: Path) -> None:
     assert np.array_equal(
         Volume(convert(path, tmp_path / "ä store")).read([slice(0, 9), slice(0, 10), slice(0, 11)]), data
     )
+
+
+def _convert_all(arguments: tuple[list[Path], Path]) -> list[Path]:
+    sources, store = arguments
+    return [convert(source, store) for source in sources]
+
+
+def test_processes_that_convert_the_same_volumes_do_no_harm(phantoms: list[Path], tmp_path: Path) -> None:
+    with multiprocessing.get_context("fork").Pool(4) as pool:
+        results = pool.map(_convert_all, [(phantoms, tmp_path)] * 4)
+    assert all(r == results[0] for r in results)
+    assert sorted(tmp_path.iterdir()) == sorted(results[0])  # and nothing half done
+    for source, target in zip(phantoms, results[0], strict=True):
+        data, _ = read_nifti(source)
+        assert np.array_equal(Volume(target).read([slice(0, n) for n in data.shape]), data)
+
+
+def test_conversion_is_no_larger_than_the_nifti(tmp_path: Path) -> None:
+    path = save_nifti(tmp_path / "p.nii.gz", make_phantom((128, 128, 96), (3, 3, 3), seed=2))
+    assert convert(path, tmp_path / "store").stat().st_size < 1.15 * path.stat().st_size

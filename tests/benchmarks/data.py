@@ -117,7 +117,7 @@ def memory_growth(folder: Path, source: Path, patches: int = 500, volumes: int =
     return growth
 
 
-def main(repeats: int = 7, patches: int = 100, volume: str | None = None) -> None:
+def main(repeats: int = 5, patches: int = 100, volume: str | None = None) -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -165,7 +165,7 @@ def main(repeats: int = 7, patches: int = 100, volume: str | None = None) -> Non
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--patches", type=int, default=100)
     parser.add_argument("--volume", default=None, help="a CT .nii.gz of your own instead of the phantom")
     main(**vars(parser.parse_args()))

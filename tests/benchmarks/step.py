@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import multiprocessing
 import time
 from collections.abc import Callable
@@ -107,6 +108,7 @@ class OurLoop:
 
 
 def quiet_perceptual(device: str) -> PerceptualLoss:
+    logging.getLogger("scripts.losses").setLevel(logging.ERROR)  # untrained features cost the same
     return PerceptualLoss(pretrained=False).to(device)
 
 
@@ -157,11 +159,11 @@ def saved_bytes(network: nn.Module, images: torch.Tensor, amp: bool) -> int:
 
 
 def gemm_rate(device: str, dtype: torch.dtype) -> float:
-    """TFLOP/s of a large matrix product: what the machine could do."""
-    size = 8192 if device == "cuda" else 2048
+    """TFLOP/s of a large matrix product, the best of six: what the machine could do."""
+    size = 8192 if device == "cuda" else 4096
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    times = [timed(lambda: a @ b, device) for _ in range(8)]
-    return 2 * size**3 / median(times[1:]) / 1e12
+    times = [timed(lambda: a @ b, device) for _ in range(6)]
+    return 2 * size**3 / min(times) / 1e12
 
 
 def timed(call: Callable[[], object], device: str) -> float:
