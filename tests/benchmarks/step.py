@@ -212,7 +212,7 @@ def main(sizes: list[int], repeats: int, device: str, memory_size: int, activati
         loops = {variant: make_loop(variant, device) for variant in VARIANTS}
         for loop in loops.values():
             loop.step(images)
-        for _ in range(repeats if size < 64 else max(repeats - 1, 1)):  # in turns: what slows the machine down slows them all
+        for _ in range(repeats if size < 64 else max(repeats - 1, 1)):  # in turns, as the machine's speed drifts
             for variant, loop in loops.items():
                 times[variant].append(timed(partial(loop.step, images), device))
         seconds = {variant: median(values) for variant, values in times.items()}
