@@ -249,11 +249,15 @@ def prepare(
 
 def save_weights(network: nn.Module, path: str | Path) -> None:
     """Write a plain float32 state dict, which MONAI's own network loads with `strict=True`; never half a file."""
+    write_tensors({name: tensor.detach().float().cpu() for name, tensor in network.state_dict().items()}, path)
+
+
+def write_tensors(content: dict[str, Any], path: str | Path) -> None:
+    """`torch.save` under another name, then rename: there is always the whole old file or the whole new one."""
     path = Path(path)
-    state = {name: tensor.detach().float().cpu() for name, tensor in network.state_dict().items()}
     part = path.with_name(f".part-{path.name}")
     try:
-        torch.save(state, part)
+        torch.save(content, part)
         part.replace(path)
     except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError where the disk is full
         raise UserError(f"{path}: cannot be written ({error}); free space or choose another model_dir") from error

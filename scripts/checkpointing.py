@@ -14,7 +14,7 @@ import torch
 from ignite.engine import Events
 from torch.optim.lr_scheduler import LRScheduler
 
-from scripts.autoencoder import load_weights, save_weights
+from scripts.autoencoder import load_weights, save_weights, write_tensors
 from scripts.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -106,15 +106,8 @@ class Checkpointing:
 
     def _write(self, path: Path) -> None:
         self._set_aside()
-        part = path.with_name(f".part-{path.name}")
-        try:
-            torch.save(self._content(), part)
-            part.replace(path)
-            self.saved = time.monotonic()
-        except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError where the disk is full
-            raise UserError(f"{path}: cannot be written ({error}); free space or choose another model_dir") from error
-        finally:
-            part.unlink(missing_ok=True)
+        write_tensors(self._content(), path)
+        self.saved = time.monotonic()
 
     def _read(self, path: Path) -> dict[str, Any]:
         try:

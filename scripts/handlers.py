@@ -203,6 +203,7 @@ class ValidationLog:
         self.output_dir.mkdir(parents=True, exist_ok=True)
         path = self.output_dir / "validation.png"
         save_comparison(self.original, self.reconstruction, self.spacing, path, f"epoch {epoch}")
+        del self.original, self.reconstruction  # whole volumes, not to be held until the next validation
 
 
 def _planes(volume: np.ndarray) -> list[np.ndarray]:

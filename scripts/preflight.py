@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from monai.bundle import ConfigParser
-from monai.bundle.utils import ID_SEP_KEY
+from monai.bundle.utils import ID_SEP_KEY, merge_kv
 from torch import nn
 
 from scripts import datalist as datalists
@@ -54,8 +54,8 @@ def check_command_line(argv: Sequence[str] | None = None) -> None:
             name = key.lstrip("+")
             if name not in parser and (close := _close(name, parser)):
                 raise UserError(f"{file}: unknown key {name!r}; did you mean {close!r}?")
-        merged: dict[str, Any] = ConfigParser.load_config_files([*files[: files.index(file) + 1]])
-        parser = ConfigParser(merged)
+        for key, value in config.items():
+            merge_kv(parser, key, value)
     for key in options:
         if key not in _RUN_ARGUMENTS and key not in parser:
             close = _close(key, parser)

@@ -12,6 +12,7 @@ from monai.apps.generation.maisi.networks.autoencoderkl_maisi import Autoencoder
 
 from scripts.autoencoder import FastAutoencoderKlMaisi, load_weights, save_weights
 from scripts.errors import UserError
+from tests.benchmarks.step import saved_bytes
 
 SMALL = {
     "spatial_dims": 3, "in_channels": 1, "out_channels": 1, "latent_channels": 4, "num_channels": [16, 32, 32],
@@ -70,29 +71,11 @@ def test_forward_samples_with_the_given_noise() -> None:
     assert torch.allclose(fast(x, torch.zeros_like(noise))[0], fast.reconstruct(x)[0])
 
 
-def saved_bytes(network, x: torch.Tensor) -> int:
-    """Bytes of everything autograd keeps for the backward pass, parameters excluded."""
-    parameters = {p.untyped_storage().data_ptr() for p in network.parameters()}
-    kept: dict[int, torch.UntypedStorage] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            kept[storage.data_ptr()] = storage
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), torch.autocast("cpu", torch.bfloat16):
-        mu, sigma = network.encode(x)
-        reconstruction = network.decode(mu + sigma)
-    assert reconstruction.requires_grad
-    return sum(s.nbytes() for s in kept.values())
-
-
 def test_keeps_a_fraction_of_the_activations() -> None:
     stock = stock_network(num_channels=[32, 64, 64], norm_num_groups=32)
     fast = FastAutoencoderKlMaisi(copy.deepcopy(stock))
     x = torch.rand(1, 1, 32, 32, 32)
-    assert saved_bytes(fast, x) < 0.4 * saved_bytes(stock, x)
+    assert saved_bytes(fast, x, amp=True) < 0.4 * saved_bytes(stock, x, amp=True)
 
 
 def test_bfloat16_stays_close_to_float32() -> None:

@@ -76,7 +76,7 @@ def test_no_dead_key_and_no_unused_import() -> None:
     groups = {g: set(config[g]) for g in ("data_option", "autoencoder_train")}
     for group, knobs in groups.items():
         used = {name for text in texts for name in re.findall(rf"@{group}#(\w+)", text)}
-        assert knobs - used <= unread | {"spacing", "select_channel"} - used or knobs - used <= unread
+        assert knobs - used <= unread
     for line in config["imports"]:
         name = line.split()[-1]
         assert any(re.search(rf"\$.*\b{name}\.", t) for t in texts), name

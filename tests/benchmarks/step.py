@@ -154,7 +154,7 @@ def saved_bytes(network: nn.Module, images: torch.Tensor, amp: bool) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        forward(network, images, amp)
+        assert forward(network, images, amp).requires_grad
     return sum(s.nbytes() for s in kept.values())
 
 
