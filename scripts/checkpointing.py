@@ -8,6 +8,7 @@ import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from signal import Signals
 from typing import Any
 
 import torch
@@ -41,6 +42,7 @@ class Checkpointing:
         self.started_from: str | None = None
         self.begins = False  # until the first save, files of an earlier training stay where they are
         self.saved = time.monotonic()
+        self.signal = 0
         trainer.state.validations = []
 
     def start(self, resume: bool, finetune: bool, trained_autoencoder_path: str | None) -> None:
@@ -64,22 +66,42 @@ class Checkpointing:
         self.begins = True
 
     def attach(self, checkpoint_minutes: float) -> None:
-        """Save at the end of each epoch, after its validation, and the checkpoint every so many minutes."""
+        """Save at the end of each epoch, after its validation, and the checkpoint every so many minutes.
+
+        After SIGTERM, SIGINT or SIGUSR1 the step is finished, the checkpoint written, and the training terminated; at
+        the end of an epoch after its validation.
+        """
         self.seconds = 60 * checkpoint_minutes
         self.trainer.add_event_handler(Events.ITERATION_COMPLETED, self._iteration_completed)
         self.trainer.add_event_handler(Events.EPOCH_COMPLETED, self._epoch_completed)
 
     def _iteration_completed(self, engine: Any) -> None:
-        ends_epoch = engine.state.iteration % engine.state.epoch_length == 0
-        if self.is_main and not ends_epoch and time.monotonic() - self.saved > self.seconds:
+        self.signal = self.signal or self.trainer.stop.agreed()
+        if engine.state.iteration % engine.state.epoch_length == 0:
+            return  # what ends an epoch is saved with it
+        if self.is_main and (self.signal or time.monotonic() - self.saved > self.seconds):
             self._write(self.folder / CHECKPOINT)
+        self._stop_if_asked(engine)
+
+    def _stop_if_asked(self, engine: Any) -> None:
+        if not self.signal or engine.state.iteration == engine.state.max_epochs * engine.state.epoch_length:
+            return
+        if self.is_main:
+            logger.warning(
+                "stopped by %s after step %d; %s is written, and the same command goes on from there",
+                Signals(self.signal).name, engine.state.iteration, self.folder / CHECKPOINT,
+            )  # fmt: skip
+        engine.terminate()
 
     def _epoch_completed(self, engine: Any) -> None:
         epoch = engine.state.epoch
         validations = engine.state.validations
         best = bool(validations) and validations[-1]["epoch"] == epoch == self.best_epoch()
-        if not self.is_main:
-            return
+        if self.is_main:
+            self._save(epoch, best)
+        self._stop_if_asked(engine)
+
+    def _save(self, epoch: int, best: bool) -> None:
         self._set_aside()
         save_weights(self.state["autoencoder"], self.folder / AUTOENCODER)
         save_weights(self.state["discriminator"], self.folder / DISCRIMINATOR)

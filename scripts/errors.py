@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import os
+import signal
 import sys
+import time
 import traceback
+from pathlib import Path
 from types import TracebackType
 
 
@@ -32,7 +37,21 @@ def last_line(error: BaseException) -> str:
     return f"error: {text}" if isinstance(culprit, UserError) else f"error: {type(culprit).__name__}: {text}"
 
 
+def _under_torchrun(error: BaseException) -> None:
+    """Tell torchrun the error, and leave the last word to the rank that failed first: torchrun ends the others."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if any("gloo/" in str(e) or "NCCL" in str(e) for e in _chain(error)):  # the connection to a rank that is gone
+        time.sleep(20)
+    elif os.environ["RANK"] != "0":  # an error that all ranks meet is told once
+        time.sleep(3)
+    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        message = {"py_callstack": last_line(error), "timestamp": str(int(time.time()))}
+        Path(file).write_text(json.dumps({"message": {"message": last_line(error), "extraInfo": message}}))
+
+
 def _excepthook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    if "RANK" in os.environ:
+        _under_torchrun(error)
     sys.stdout.flush()  # where both go to one file, the error is to come last
     if not any(isinstance(e, UserError) for e in _chain(error)):
         traceback.print_exception(kind, error, trace)

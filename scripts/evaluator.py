@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
+import ignite.distributed as idist
 import torch
 import torch.nn.functional as F
 from ignite.engine import Events
@@ -52,7 +54,8 @@ class LatentHealth:
     """Running statistics of posterior means and standard deviations over all validation latents."""
 
     def __init__(self) -> None:
-        self.count, self.sum, self.square, self.noise = 0, torch.zeros(1), torch.zeros(1), 0.0
+        self.count, self.noise = 0, 0.0
+        self.sum, self.square = torch.zeros(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
 
     def update(self, mu: torch.Tensor, sigma: torch.Tensor) -> None:
         """Add latents (B, C, X, Y, Z)."""
@@ -61,6 +64,15 @@ class LatentHealth:
         self.sum = self.sum + values.sum((0, 2, 3, 4)).cpu()
         self.square = self.square + values.square().sum((0, 2, 3, 4)).cpu()
         self.noise += float(sigma.double().square().sum()) / mu.shape[1]
+
+    @staticmethod
+    def merged(parts: Sequence[LatentHealth]) -> LatentHealth:
+        """The statistics of several ranks' latents together."""
+        whole = LatentHealth()
+        for part in parts:
+            whole.count, whole.noise = whole.count + part.count, whole.noise + part.noise
+            whole.sum, whole.square = whole.sum + part.sum, whole.square + part.square
+        return whole
 
     def compute(self) -> dict[str, float]:
         """`scale_factor` (1 / std over all), `latent_std_<channel>`, and `posterior_noise_share` of the variance."""
@@ -99,7 +111,7 @@ def reconstruction_metrics(
 
 
 class VaeEvaluator(Evaluator):
-    """Measures an autoencoder on whole volumes; `state.metrics` holds means over the volumes.
+    """Measures an autoencoder on whole volumes; `state.metrics` holds means over the volumes of all ranks.
 
     `loss` is that of the trainer's `VaeLoss` without the adversarial term; `psnr`, `ssim`, `mae_hu` are those of
     `reconstruction_metrics`, the rest is `LatentHealth`.
@@ -123,7 +135,7 @@ class VaeEvaluator(Evaluator):
         *,
         device: torch.device | str,
         val_data_loader: DataLoader,
-        autoencoder: nn.Module,
+        autoencoder: Any,
         generator_loss: nn.Module,
         discriminator: nn.Module,
         adversarial_loss: nn.Module,
@@ -141,14 +153,21 @@ class VaeEvaluator(Evaluator):
         if handlers is not None:  # after `_finish`, so that they find the metrics
             self._register_handlers(handlers)
 
+    def run(self, global_epoch: int = 1) -> None:  # type: ignore[override]
+        """Validate; a rank without a volume (more ranks than volumes) only takes part in the averaging."""
+        if len(self.data_loader) == 0:  # type: ignore[arg-type]
+            self._start(self)
+            self._finish(self)
+            return
+        super().run(global_epoch)
+
     def _start(self, engine: Any) -> None:
         self.cases: list[dict[str, float]] = []
         self.latents = LatentHealth()
 
     def _reconstruct(self, window: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        network: Any = getattr(self.autoencoder, "module", self.autoencoder)
         with torch.autocast(window.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            return tuple(t.float() for t in network.reconstruct(window))
+            return tuple(t.float() for t in self.autoencoder.reconstruct(window))
 
     def _iteration(self, engine: Any, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
         images = batch["image"]
@@ -172,12 +191,13 @@ class VaeEvaluator(Evaluator):
         both = torch.cat([torch.as_tensor(crop(t[0]))[None] for t in (reconstruction, image)])
         thin = [max(32 - n, 0) for n in both.shape[:1:-1]]
         both = F.pad(both, [p for t in thin for p in (0, t)])
-        fake, real = getattr(self.discriminator, "module", self.discriminator)(both)[-1].chunk(2)
+        fake, real = self.discriminator(both)[-1].chunk(2)
         d_loss = 0.5 * (self.adversarial_loss(fake, False, True) + self.adversarial_loss(real, True, True))
         return {"adv_loss": self.adversarial_loss(fake, True, False), "d_loss": d_loss}
 
     def _finish(self, engine: Any) -> None:
         engine.state.batch = engine.state.output = None  # a whole volume each, not to be held until the next time
-        names = self.cases[0]
-        engine.state.metrics = {name: sum(case[name] for case in self.cases) / len(self.cases) for name in names}
-        engine.state.metrics |= self.latents.compute()
+        shares: Any = idist.all_gather((self.cases, self.latents))
+        cases = [case for cases, _ in shares for case in cases]
+        engine.state.metrics = {name: math.fsum(case[name] for case in cases) / len(cases) for name in cases[0]}
+        engine.state.metrics |= LatentHealth.merged([latents for _, latents in shares]).compute()

@@ -99,6 +99,7 @@ class TrainingLog:
         engine.add_event_handler(Events.GET_BATCH_COMPLETED, self._batch_there)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._iteration_completed)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self._epoch_completed)
+        engine.add_event_handler(Events.TERMINATE, self._end)
         engine.add_event_handler(Events.EXCEPTION_RAISED, self._failed)
 
     def _epoch_started(self, engine: Any) -> None:
@@ -163,11 +164,14 @@ class TrainingLog:
             100 * means["data_wait_share"], tqdm.format_interval(left),
         )  # fmt: skip
 
-    def _failed(self, engine: Any, error: BaseException) -> None:
+    def _end(self, engine: Any) -> None:
         if hasattr(self, "bar"):
-            self._show(engine)  # what led to it is to be seen
+            self._show(engine)
             self.bar.close()
         self.log.close()
+
+    def _failed(self, engine: Any, error: BaseException) -> None:
+        self._end(engine)  # what led to it is to be seen
         raise error
 
 

@@ -331,12 +331,17 @@ class EpochSampler(Sampler[tuple[int, int]]):
     def __init__(self, length: int, batch_size: int = 1, seed: int = 0, rank: int = 0, num_replicas: int = 1) -> None:
         self.batch_size, self.seed, self.rank, self.num_replicas = batch_size, seed, rank, num_replicas
         self.length = length
-        self.num_batches = length // (batch_size * num_replicas)
+        self.num_batches = length // self.global_batch_size
         self.epoch, self.start = 1, 0
         if self.num_batches == 0:
             raise UserError(
                 f"batch_size {batch_size} x {num_replicas} ranks is more than the {length} training volumes; lower it"
             )
+
+    @property
+    def global_batch_size(self) -> int:
+        """Volumes in a step, over all ranks."""
+        return self.batch_size * self.num_replicas
 
     def set_epoch(self, epoch: int, start: int = 0) -> None:
         """Choose the epoch (from 1) and how many of its batches to pass over (when resuming)."""
@@ -347,6 +352,6 @@ class EpochSampler(Sampler[tuple[int, int]]):
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         order = np.random.default_rng([self.seed, self.epoch]).permutation(self.length)
-        order = order[: self.num_batches * self.num_replicas * self.batch_size]
+        order = order[: self.num_batches * self.global_batch_size]
         mine = order.reshape(self.num_batches, self.num_replicas, self.batch_size)[self.start :, self.rank]
         return iter([(self.epoch, int(index)) for index in mine.ravel()])

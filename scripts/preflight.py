@@ -6,8 +6,10 @@ import sys
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
+import ignite.distributed as idist
 import torch
 from monai.bundle import ConfigParser
 from monai.bundle.utils import ID_SEP_KEY, merge_kv
@@ -25,6 +27,7 @@ AUTOENCODER_TRAIN = (
     "perceptual_weight", "kl_weight", "adv_weight", "recon_loss", "val_interval", "cache", "amp", "n_epochs",
 )  # fmt: skip
 _RUN_ARGUMENTS = ("run_id", "init_id", "final_id", "meta_file", "config_file", "logging_file", "tracking", "args_file")
+_WORKFLOW = ("initialize", "run", "finalize")  # lists that MONAI runs
 _POSITIVE_INTEGERS = ("batch_size", "val_batch_size", "val_interval", "n_epochs")
 _SIZES = ("patch_size", "val_patch_size", "val_sliding_window_patch_size")
 # A training step costs 14.4 MFLOP a voxel with MAISI's [64, 128, 256], a forward pass 4.3.
@@ -52,7 +55,7 @@ def check_command_line(argv: Sequence[str] | None = None) -> None:
     for file, config in zip(files[1:], configs[1:], strict=False):
         for key in config:
             name = key.lstrip("+")
-            if name not in parser and (close := _close(name, parser)):
+            if name not in _WORKFLOW and name not in parser and (close := _close(name, parser)):
                 raise UserError(f"{file}: unknown key {name!r}; did you mean {close!r}?")
         for key, value in config.items():
             merge_kv(parser, key, value)
@@ -175,27 +178,33 @@ def prepare_folders(*folders: str) -> None:
     for folder in map(Path, folders):
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            probe = folder / ".probe"
-            probe.touch()
-            probe.unlink()
+            TemporaryFile(dir=folder).close()
         except OSError as error:
             raise UserError(f"{folder}: cannot be written to ({error.strerror}); choose another folder") from error
 
 
 def prepare_data(
-    splits: Mapping[str, Sequence[Mapping[str, str]]], store_dir: str, select_channel: int, num_workers: int
+    splits: Mapping[str, Sequence[Mapping[str, str]]],
+    store_dir: str,
+    select_channel: int,
+    num_workers: int,
+    rank: int = 0,
+    num_ranks: int = 1,
 ) -> None:
-    """Check the headers of all volumes, then convert what is missing."""
+    """Check the headers of all volumes, then convert what is missing, each of `num_ranks` its share."""
     entries = [entry for split in splits.values() for entry in split]
-    datalists.check_headers(entries)
-    for sentence in datalists.shared_volumes({name: [dict(e) for e in split] for name, split in splits.items()}):
-        print(f"warning: {sentence}; what is measured on it is too good", file=sys.stderr)
-    prepare(entries, store_dir, select_channel, max(num_workers, 1))
+    if rank == 0:
+        datalists.check_headers(entries)
+        for sentence in datalists.shared_volumes({name: [dict(e) for e in split] for name, split in splits.items()}):
+            print(f"warning: {sentence}; what is measured on it is too good", file=sys.stderr)
+    idist.barrier()
+    prepare(entries[rank::num_ranks], store_dir, select_channel, max(num_workers, 1), progress=rank == 0)
+    idist.barrier()
 
 
-def print_table(trainer: Any, evaluator: Any, amp: bool, patch_size: Sequence[int]) -> None:
-    """What will run: volumes, steps, parameters, precision, device, and what a validation costs in steps."""
-    voxels = float(torch.tensor(patch_size).prod()) * trainer.data_loader.batch_size
+def print_table(trainer: Any, evaluator: Any, amp: bool, patch_size: Sequence[int], num_ranks: int = 1) -> None:
+    """What will run: volumes, steps, parameters, precision, devices, and what a validation costs in steps."""
+    voxels = float(torch.tensor(patch_size).prod()) * trainer.data_loader.batch_size * num_ranks
     volumes = evaluator.data_loader.dataset
     validation = sum(volumes.voxels(i) for i in range(len(volumes))) / (1 - evaluator.inferer.share) ** 3
     parameters = [
@@ -203,10 +212,11 @@ def print_table(trainer: Any, evaluator: Any, amp: bool, patch_size: Sequence[in
     ]
     device = trainer.state.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    batch = f"batch {trainer.data_loader.batch_size}" + (f" on each of {num_ranks} ranks" if num_ranks > 1 else "")
     rows = {
         "volumes": f"{len(trainer.data_loader.dataset)} to train, {len(evaluator.data_loader.dataset)} to validate",
         "epochs": f"{trainer.state.max_epochs} of {trainer.state.epoch_length} steps",
-        "patch": f"{' x '.join(map(str, patch_size))}, batch {trainer.data_loader.batch_size}",
+        "patch": f"{' x '.join(map(str, patch_size))}, {batch}",
         "parameters": f"autoencoder {parameters[0]:.2f} M, discriminator {parameters[1]:.2f} M",
         "computed in": f"{str(amp_dtype(device, amp)).removeprefix('torch.')} on {name}",
         "a validation": f"costs about {max(validation * _FORWARD_SHARE / voxels, 1):.0f} training steps",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,7 +17,9 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
+from scripts.distributed import mean_over_ranks
 from scripts.errors import UserError
+from scripts.signals import STATUS, StopSignal
 
 logger = logging.getLogger(__name__)
 
@@ -100,6 +103,9 @@ class VaeTrainer(Trainer):
             device=device, data_loader=train_data_loader, amp=amp, handlers=handlers, decollate=False, **engine_kwargs
         )
         self.autoencoder, self.discriminator = autoencoder, discriminator
+        self.network: Any = getattr(autoencoder, "module", autoencoder)  # without DistributedDataParallel
+        self.judge = getattr(discriminator, "module", discriminator)
+        self.stop = StopSignal()
         self.optimizer_g, self.optimizer_d = optimizer_g, optimizer_d
         self.generator_loss, self.adversarial_loss = generator_loss, adversarial_loss
         self.adv_weight, self.seed = adv_weight, seed
@@ -110,11 +116,18 @@ class VaeTrainer(Trainer):
         self.add_event_handler(Events.EPOCH_STARTED, self._start_epoch)
 
     def run(self) -> None:  # type: ignore[override]
-        """Train until `max_epochs`; a run that has got there says so and changes nothing."""
+        """Train until `max_epochs`; a run that has got there says so and changes nothing.
+
+        Raises:
+            SystemExit: with status 75, where a signal ended the training early (see `Checkpointing`).
+        """
         if self.state.iteration >= self.state.epoch_length * self.state.max_epochs:
             logger.info("all %d epochs are done; raise n_epochs to go on", self.state.max_epochs)
             return
-        Workflow.run(self)  # not Trainer.run, which makes a scaler of its own
+        with self.stop:
+            Workflow.run(self)  # not Trainer.run, which makes a scaler of its own
+        if self.should_terminate:
+            sys.exit(STATUS)
 
     def _start_epoch(self, engine: Any) -> None:
         self.autoencoder.train()
@@ -130,19 +143,19 @@ class VaeTrainer(Trainer):
         autocast = torch.autocast(images.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
         # (1) generator: the discriminator is frozen, so nothing of this reaches its gradients
-        judge = getattr(self.discriminator, "module", self.discriminator).requires_grad_(False)
+        self.judge.requires_grad_(False)
         self.optimizer_g.zero_grad(set_to_none=True)
         with autocast:
             reconstruction, mu, sigma = self.inferer(images, self.autoencoder, noise)
             losses = self.generator_loss(reconstruction, images, mu, sigma, generators)
-        losses["adv_loss"] = self.adversarial_loss(judge(reconstruction.float())[-1], True, False)
+        losses["adv_loss"] = self.adversarial_loss(self.judge(reconstruction.float())[-1], True, False)
         loss_g = losses["loss"] + self.adv_weight * losses["adv_loss"]
         self.scaler_g.scale(loss_g).backward()
         self.scaler_g.step(self.optimizer_g)
         self.scaler_g.update()
 
         # (2) discriminator: fake and real in one pass (its normalisation is per sample)
-        judge.requires_grad_(True)
+        self.judge.requires_grad_(True)
         self.optimizer_d.zero_grad(set_to_none=True)
         fake, real = self.discriminator(torch.cat([reconstruction.detach().float(), images]))[-1].chunk(2)
         losses["d_fake_loss"] = self.adversarial_loss(fake, False, True)
@@ -150,12 +163,12 @@ class VaeTrainer(Trainer):
         losses["d_loss"] = (losses["d_fake_loss"] + losses["d_real_loss"]) * 0.5
         losses["d_loss"].backward()
         self.optimizer_d.step()
-        return {name: value.detach() for name, value in losses.items()}
+        means = mean_over_ranks(torch.stack([value.detach() for value in losses.values()]))
+        return dict(zip(losses, means.unbind(), strict=True))
 
     def _draw(self, images: torch.Tensor) -> tuple[torch.Tensor, list[torch.Generator]]:
         """Latent noise, and for each sample what chooses its slices; the same however samples are spread over ranks."""
-        network: Any = getattr(self.autoencoder, "module", self.autoencoder)
-        shape = (network.latent_channels, *(n // network.factor for n in images.shape[2:]))
+        shape = (self.network.latent_channels, *(n // self.network.factor for n in images.shape[2:]))
         noise, generators = [], []
         for place in range(len(images)):
             sample = self.state.rank * len(images) + place

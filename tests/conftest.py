@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from pathlib import Path
 
 import nibabel as nib
@@ -12,6 +14,7 @@ import pytest
 from scripts.phantom import make_phantom
 
 REAL_CT = Path(__file__).resolve().parents[2] / "shared" / "ct"
+SLURM = os.geteuid() == 0 and all(map(shutil.which, ("slurmctld", "slurmd", "munged")))
 
 
 def save_nifti(path: Path, data: np.ndarray, affine: np.ndarray | None = None) -> Path:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -79,9 +81,11 @@ def test_resuming_in_the_middle_of_an_epoch(tmp_path: Path) -> None:
     (tmp_path / "whole").mkdir()
     (tmp_path / "broken").mkdir()
     begin(tmp_path / "whole", 2).run()
-    broken = begin(tmp_path / "broken", 2, checkpoint_minutes=0)
-    broken.add_event_handler(Events.ITERATION_COMPLETED(once=3), lambda e: e.terminate())
-    broken.run()
+    broken = begin(tmp_path / "broken", 2)
+    broken.add_event_handler(Events.ITERATION_STARTED(once=3), lambda _: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(SystemExit) as status:
+        broken.run()
+    assert status.value.code == 75 and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     (tmp_path / "broken" / "autoencoder.pt").unlink()
     resumed = begin(tmp_path / "broken", 2)
     assert resumed.state.iteration == 3

@@ -1,0 +1,60 @@
+#!/usr/bin/env bash
+# Train on chosen GPUs of this machine, further arguments being overrides:
+#
+#     GPU_IDS="0,2,4" scripts/train_vae_ct_gpu.sh --autoencoder_train#n_epochs 300
+#
+# Everything below can be set from outside, as GPU_IDS is here.
+set -euo pipefail
+
+GPU_IDS="${GPU_IDS:-0}"               # numbers among the GPUs that this shell sees, or all
+CPU_PROCESSES="${CPU_PROCESSES:-}"    # set to a number to train with as many processes on the CPU instead
+ENVIRONMENT_FILE="${ENVIRONMENT_FILE:-docs/examples/environment_maisi_vae_train.json}"
+NETWORK_FILE="${NETWORK_FILE:-docs/examples/config_network.json}"
+TRAINING_FILE="${TRAINING_FILE:-docs/examples/config_maisi_vae_train.json}"
+CONDA_ENV="${CONDA_ENV:-}"            # a conda environment to activate
+VENV="${VENV:-}"                      # or a virtual environment's folder; else .venv, if there is one
+# MASTER_PORT: a free one is chosen unless it is set.
+
+fail() {
+    echo "error: $*" >&2
+    exit 1
+}
+
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+if [[ -n "$CONDA_ENV" ]]; then
+    command -v conda >/dev/null || fail "CONDA_ENV is $CONDA_ENV, but there is no conda; load it first, or use VENV"
+    # shellcheck disable=SC1091
+    source "$(conda info --base)/etc/profile.d/conda.sh"
+    conda activate "$CONDA_ENV"
+elif [[ -n "$VENV" || -f .venv/bin/activate ]]; then
+    VENV="${VENV:-.venv}"
+    [[ -f "$VENV/bin/activate" ]] || fail "VENV is $VENV, which has no bin/activate; give a virtual environment's folder"
+    # shellcheck disable=SC1091
+    source "$VENV/bin/activate"
+fi
+
+if [[ -n "$CPU_PROCESSES" ]]; then
+    [[ "$CPU_PROCESSES" =~ ^[1-9][0-9]*$ ]] || fail "CPU_PROCESSES is $CPU_PROCESSES; use a number of processes, 2 say"
+    export CUDA_VISIBLE_DEVICES=""
+    processes="$CPU_PROCESSES"
+else
+    count="$(python -c 'import torch; print(torch.cuda.device_count())')"
+    [[ "$count" -gt 0 ]] || fail "GPU_IDS is $GPU_IDS, but this machine shows no GPU; set CPU_PROCESSES=2 to try on the CPU"
+    if [[ "$GPU_IDS" == all ]]; then
+        GPU_IDS="$(seq -s, 0 $((count - 1)))"
+    fi
+    IFS=, read -ra ids <<<"$GPU_IDS"
+    IFS=, read -ra visible <<<"${CUDA_VISIBLE_DEVICES:-$(seq -s, 0 $((count - 1)))}"
+    chosen=()
+    for id in "${ids[@]}"; do
+        [[ "$id" =~ ^[0-9]+$ && "$id" -lt "$count" ]] ||
+            fail "GPU_IDS is $GPU_IDS: there is no GPU $id; this machine shows 0 to $((count - 1))"
+        [[ ",${chosen[*]-}," != *",${visible[$id]},"* ]] || fail "GPU_IDS is $GPU_IDS: GPU $id is named twice"
+        chosen+=("${visible[$id]}")
+    done
+    CUDA_VISIBLE_DEVICES="$(IFS=,; echo "${chosen[*]}")"
+    export CUDA_VISIBLE_DEVICES
+    processes="${#chosen[@]}"
+fi
+
+exec python scripts/train_vae_ct.py -e "$ENVIRONMENT_FILE" -c "$NETWORK_FILE" -t "$TRAINING_FILE" -g "$processes" "$@"
