@@ -8,6 +8,7 @@ or upsampled tensors recomputed in the backward pass (they cost 1 % of a convolu
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -163,7 +164,7 @@ class FastAutoencoderKlMaisi(nn.Module):
         network: MONAI's network; its modules are used up.
         num_splits: pieces a convolution is cut into to save memory; windows do that better, so 1.
         activation_checkpointing: keep only what enters each block and compute the block again in the backward
-            pass: a third of the memory, for a third more time.
+            pass: 61 % of the saved activations at 96 voxels, for a third more time.
 
     Attributes:
         latent_channels: C of the latents.
@@ -257,7 +258,10 @@ def write_tensors(content: dict[str, Any], path: str | Path) -> None:
     path = Path(path)
     part = path.with_name(f".part-{path.name}")
     try:
-        torch.save(content, part)
+        with part.open("wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
         part.replace(path)
     except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError where the disk is full
         raise UserError(f"{path}: cannot be written ({error}); free space or choose another model_dir") from error

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from scripts import errors
 from scripts.errors import UserError
-from scripts.nifti import CT_WINDOW, Header, read_header, read_nifti
+from scripts.nifti import CT_WINDOW, Header, check_values, read_header, read_nifti
 
 SPLITS = ("training", "validation", "testing")
 CLASSES = ("ct", "mri")
@@ -253,6 +253,7 @@ def examine(entry: Mapping[str, str]) -> Report:
     try:
         header = read_header(path, modality)
         data, _ = read_nifti(path, modality)
+        check_values(data, path, modality)
     except UserError as error:
         return Report(f"{path}", problems=[str(error)])
     low, median, high = np.percentile(data, (1, 50, 99))
@@ -263,14 +264,8 @@ def examine(entry: Mapping[str, str]) -> Report:
         f"{path}  {modality}  {size}  {spacing} mm  {header.axcodes}  {header.dtype}  "
         f"p1 {low:.0f}  p50 {median:.0f}  p99 {high:.0f}  outside window {outside:.1%}"
     )
-    if data.min() == data.max():
-        report.problems.append(f"{path}: is constant (every voxel {data.min():g}); remove it from the datalist")
-    elif modality == "ct":
-        if data.max() > 30000:
-            report.problems.append(
-                f"{path}: reaches {float(data.max()):.0f} HU; uint16 overflow or wrong scaling; convert it again"
-            )
-        elif data.min() > -200:
+    if modality == "ct":
+        if data.min() > -200:
             report.warnings.append(f"{path}: minimum {data.min():.0f} HU, no air; is it rescaled to HU?")
         if outside > 0.5:
             report.warnings.append(f"{path}: {outside:.0%} of the voxels lie outside -1000..1000 HU")

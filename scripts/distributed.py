@@ -34,6 +34,7 @@ def join() -> torch.device:
             f"--nproc_per_node is {os.environ['LOCAL_WORLD_SIZE']}, but this node shows {gpus} GPUs "
             f"(CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES', '')}); start one process for each"
         )
+    os.environ.pop("SLURM_JOB_ID", None)  # else ignite takes srun's tasks, one a node, for the ranks
     idist.initialize("nccl" if gpus else "gloo", timeout=TIMEOUT)
     if idist.get_rank() > 0:
         logging.disable(logging.INFO)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -17,7 +18,13 @@ from monai.transforms import CenterSpatialCrop
 from torch import nn
 from torch.utils.data import DataLoader
 
+from scripts.errors import UserError
+from scripts.memory import explained
 from scripts.trainer import amp_dtype
+
+logger = logging.getLogger(__name__)
+
+KNOBS = "lower autoencoder_train#val_sliding_window_patch_size"
 
 
 class VolumeInferer(SlidingWindowInferer):
@@ -125,6 +132,7 @@ class VaeEvaluator(Evaluator):
         adversarial_loss: called with (logits, target_is_real, for_discriminator).
         inferer: gives (reconstruction, posterior mean, posterior standard deviation) of a volume.
         amp: compute in `amp_dtype`.
+        max_bad_volumes: how many volumes that cannot be read are passed over.
         engine_kwargs: for `monai.engines.Evaluator`: `val_handlers`, ...
     """
 
@@ -141,13 +149,14 @@ class VaeEvaluator(Evaluator):
         adversarial_loss: nn.Module,
         inferer: Inferer,
         amp: bool = True,
+        max_bad_volumes: int = 5,
         **engine_kwargs: Any,
     ) -> None:
         handlers = engine_kwargs.pop("val_handlers", None)
         super().__init__(device=device, val_data_loader=val_data_loader, amp=amp, decollate=False, **engine_kwargs)
         self.autoencoder, self.generator_loss, self.inferer = autoencoder, generator_loss, inferer
         self.discriminator, self.adversarial_loss = discriminator, adversarial_loss
-        self.dtype = amp_dtype(self.state.device, amp)
+        self.dtype, self.max_bad_volumes = amp_dtype(self.state.device, amp), max_bad_volumes
         self.add_event_handler(Events.EPOCH_STARTED, self._start)
         self.add_event_handler(Events.EPOCH_COMPLETED, self._finish)
         if handlers is not None:  # after `_finish`, so that they find the metrics
@@ -159,10 +168,17 @@ class VaeEvaluator(Evaluator):
             self._start(self)
             self._finish(self)
             return
-        super().run(global_epoch)
+        try:
+            super().run(global_epoch)
+        except RuntimeError as error:
+            raise explained(
+                error, self.state.device, f"windows of {getattr(self.inferer, 'roi_size', None)}", KNOBS
+            ) from error
 
     def _start(self, engine: Any) -> None:
         self.cases: list[dict[str, float]] = []
+        self.broken: list[str] = []
+        self.interrupted = False
         self.latents = LatentHealth()
 
     def _reconstruct(self, window: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -171,6 +187,9 @@ class VaeEvaluator(Evaluator):
 
     def _iteration(self, engine: Any, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
         images = batch["image"]
+        self.broken += [error for error in batch["error"] if error]
+        if any(batch["error"]) or self.interrupted:
+            return {"image": images, "reconstruction": images}
         device = engine.state.device
         with torch.no_grad(), self.mode(self.autoencoder):
             reconstructions, mu, sigma = self.inferer(images, self._reconstruct)
@@ -197,7 +216,24 @@ class VaeEvaluator(Evaluator):
 
     def _finish(self, engine: Any) -> None:
         engine.state.batch = engine.state.output = None  # a whole volume each, not to be held until the next time
-        shares: Any = idist.all_gather((self.cases, self.latents))
-        cases = [case for cases, _ in shares for case in cases]
+        shares: Any = idist.all_gather((self.cases, self.latents, self.broken, self.interrupted))
+        self.interrupted = any(share[3] for share in shares)
+        cases = [case for share in shares for case in share[0]]
+        broken = [error for share in shares for error in share[2]]
+        engine.state.metrics = {}
+        if self.interrupted:
+            return
+        for error in broken if idist.get_rank() == 0 else ():
+            logger.warning("passed over in validation: %s", error)
+        if len(broken) > self.max_bad_volumes or not cases:
+            raise UserError(
+                f"{len(broken)} volumes could not be validated (max_bad_volumes is {self.max_bad_volumes}), the last: "
+                f"{broken[-1]}; see python -m scripts.datalist check"
+            )
         engine.state.metrics = {name: math.fsum(case[name] for case in cases) / len(cases) for name in cases[0]}
-        engine.state.metrics |= LatentHealth.merged([latents for _, latents in shares]).compute()
+        engine.state.metrics |= LatentHealth.merged([share[1] for share in shares]).compute()
+
+    def interrupt(self) -> None:
+        """End this validation after the present volume, on all ranks, without metrics."""
+        self.interrupted = True
+        self.terminate_epoch()

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import logging
+import math
+import os
 import sys
 import time
-from collections.abc import Sequence
+import uuid
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,8 @@ from matplotlib.figure import Figure
 from monai.handlers import ValidationHandler
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
+
+from scripts.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -33,19 +38,28 @@ class Validate(ValidationHandler):
     """Validates after the first epoch, after every `interval` epochs, and after the last.
 
     The first is early so that a validation that cannot work is found out before hours are spent. The metrics are
-    appended to the trainer's `state.validations`.
+    appended to the trainer's `state.validations`. A signal ends it after the volume at hand, and the training with it.
     """
 
     def attach(self, engine: Any) -> None:
         def due(engine: Any, epoch: int) -> bool:
             return epoch == 1 or epoch % self.interval == 0 or epoch == engine.state.max_epochs
 
+        def look(validator: Any) -> None:
+            if engine.stop.received:
+                validator.interrupt()
+
         engine.add_event_handler(Events.EPOCH_COMPLETED(event_filter=due), self)
+        self.validator.add_event_handler(Events.ITERATION_COMPLETED, look)  # type: ignore[union-attr]
 
     def __call__(self, engine: Any) -> None:
         started = time.perf_counter()
         super().__call__(engine)
         metrics = self.validator.state.metrics  # type: ignore[union-attr]
+        if not metrics:
+            engine.fire_event(Events.INTERRUPT)  # for the checkpoint
+            engine.terminate()
+            return
         engine.state.validations.append({"epoch": engine.state.epoch, **metrics})
         shown = {
             "loss": ".4f",
@@ -60,17 +74,83 @@ class Validate(ValidationHandler):
 
 
 class TensorBoardLog:
-    """Owns the event file of a training in `log_dir`; written by the other handlers through `writer`."""
+    """Owns the event file of a training in `log_dir`, and what is not yet written to it.
 
-    def __init__(self, log_dir: str) -> None:
-        self.log_dir = log_dir
+    It is part of a training's state: on resuming, the event files are cut back to what they held when the checkpoint
+    was written, so that each step is in them once, wherever the earlier run was killed.
+
+    Args:
+        log_dir: folder of the event files.
+        enabled: whether this process writes.
+    """
+
+    def __init__(self, log_dir: str, enabled: bool = True) -> None:
+        self.log_dir, self.enabled = log_dir, enabled
+        self.training, self.resumed = uuid.uuid4().hex[:8], False  # the training's name in its files' names
         self._writer: SummaryWriter | None = None
+        self.pending: list[tuple[int, float, list[str], torch.Tensor]] = []
+        self.sums: dict[str, float] = {}
+        self.steps = 0
 
-    def writer(self, purge_step: int | None = None) -> SummaryWriter:
-        """The writer, made when it is first needed; `purge_step` hides what an earlier run logged from there on."""
+    def writer(self) -> SummaryWriter:
+        """The writer, made when it is first needed; a new training hides what another one logged here before."""
         if self._writer is None:
-            self._writer = SummaryWriter(self.log_dir, purge_step=purge_step, flush_secs=30)
+            options: dict[str, Any] = {"purge_step": None if self.resumed else 1, "flush_secs": 30}
+            self._writer = SummaryWriter(self.log_dir, filename_suffix=f".{self.training}", **options)
         return self._writer
+
+    def add_step(self, step: int, rate: float, losses: Mapping[str, torch.Tensor]) -> None:
+        """Take the losses of a step; they stay on the device until `flush`."""
+        self.pending.append((step, rate, list(losses), torch.stack(list(losses.values()))))
+
+    def flush(self) -> dict[str, float]:
+        """Write the steps that were taken, and return the losses of the last one; none where there was none."""
+        if not self.pending:
+            return {}
+        rows = torch.stack([values for *_, values in self.pending]).cpu().tolist()
+        writer = self.writer()
+        for (step, rate, names, _), row in zip(self.pending, rows, strict=True):
+            for name, value in zip(names, row, strict=True):
+                writer.add_scalar(f"train_iter/{name}", value, step)
+            writer.add_scalar("train_iter/learning_rate", rate, step)
+            if all(map(math.isfinite, row)):
+                self.sums = {name: self.sums.get(name, 0.0) + value for name, value in zip(names, row, strict=True)}
+                self.steps += 1
+        self.pending.clear()
+        return dict(zip(names, row, strict=True))
+
+    def epoch_means(self) -> dict[str, float]:
+        """Means over the steps since the last call, those that were not finite left out."""
+        self.flush()
+        means = {name: total / self.steps for name, total in self.sums.items()}
+        self.sums, self.steps = {}, 0
+        return means
+
+    def state_dict(self) -> dict[str, Any]:
+        """The sums of the epoch so far, and how long each event file is."""
+        self.flush()
+        try:
+            self.writer().flush()
+            sizes = {file.name: file.stat().st_size for file in self._files()}
+        except OSError as error:
+            raise UserError(
+                f"{self.log_dir}: cannot be written ({error.strerror}); free space or change tfevent_path"
+            ) from error
+        return {"training": self.training, "sums": self.sums, "steps": self.steps, "sizes": sizes}
+
+    def _files(self) -> list[Path]:
+        return list(Path(self.log_dir).glob(f"*tfevents*.{self.training}"))
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Cut the event files back; those begun since then get a name that TensorBoard does not read."""
+        self.training, self.resumed = state["training"], True
+        self.sums, self.steps = dict(state["sums"]), state["steps"]
+        for file in self._files() if self.enabled else ():
+            size = state["sizes"].get(file.name)
+            if size is None:
+                file.rename(file.with_name(file.name.replace("tfevents", "superseded")))
+            elif size < file.stat().st_size:
+                os.truncate(file, size)
 
     def close(self) -> None:
         """Finish the event file, if one was begun."""
@@ -92,6 +172,7 @@ class TrainingLog:
 
     def __init__(self, log: TensorBoardLog, optimizer: torch.optim.Optimizer, batch_size: int = 1) -> None:
         self.log, self.optimizer, self.batch_size = log, optimizer, batch_size
+        self.bar: tqdm | None = None
 
     def attach(self, engine: Any) -> None:
         engine.add_event_handler(Events.EPOCH_STARTED, self._epoch_started)
@@ -104,14 +185,10 @@ class TrainingLog:
 
     def _epoch_started(self, engine: Any) -> None:
         state = engine.state
-        done = state.iteration - (state.epoch - 1) * state.epoch_length
-        self.bar = progress_bar(state.epoch_length, f"epoch {state.epoch}/{state.max_epochs}", "step", done)
-        self.pending: list[torch.Tensor] = []
-        self.sums: dict[str, float] = {}
-        self.steps = 0
+        self.first = state.iteration - (state.epoch - 1) * state.epoch_length
+        self.bar = progress_bar(state.epoch_length, f"epoch {state.epoch}/{state.max_epochs}", "step", self.first)
         self.waited = 0.0
         self.started = self.shown = self.wanted = time.perf_counter()
-        self.log.writer(purge_step=state.iteration + 1)
 
     def _batch_wanted(self, engine: Any) -> None:
         self.wanted = time.perf_counter()
@@ -120,53 +197,45 @@ class TrainingLog:
         self.waited += time.perf_counter() - self.wanted
 
     def _iteration_completed(self, engine: Any) -> None:
-        self.names = list(engine.state.output)
-        self.pending.append(torch.stack(list(engine.state.output.values())))
+        self.log.add_step(engine.state.iteration, self.optimizer.param_groups[0]["lr"], engine.state.output)
         if time.perf_counter() - self.shown >= REPORT_SECONDS:
             self._show(engine)
 
     def _show(self, engine: Any) -> None:
-        if not self.pending:
-            return
-        values = torch.stack(self.pending).cpu().tolist()
-        first = engine.state.iteration - len(values) + 1
-        rate = self.optimizer.param_groups[0]["lr"]
-        writer = self.log.writer()
-        for step, row in enumerate(values, first):
-            for name, value in zip(self.names, row, strict=True):
-                writer.add_scalar(f"train_iter/{name}", value, step)
-                self.sums[name] = self.sums.get(name, 0.0) + value
-            writer.add_scalar("train_iter/learning_rate", rate, step)
-        self.steps += len(values)
-        self.pending.clear()
+        last = self.log.flush()
         self.shown = time.perf_counter()
-        last = dict(zip(self.names, values[-1], strict=True))
-        shown = {k: f"{last[k]:.3g}" for k in ("recons_loss", "p_loss", "adv_loss", "d_loss")}
-        self.bar.set_postfix(shown, refresh=False)
-        self.bar.update(len(values))
+        if self.bar is not None and last:
+            shown = {k: f"{last[k]:.3g}" for k in ("recons_loss", "p_loss", "adv_loss", "d_loss")}
+            self.bar.set_postfix(shown, refresh=False)
+            self.bar.update(engine.state.iteration - (engine.state.epoch - 1) * engine.state.epoch_length - self.bar.n)
 
     def _epoch_completed(self, engine: Any) -> None:
         self._show(engine)
-        self.bar.close()
-        seconds = time.perf_counter() - self.started
-        means = {name: total / self.steps for name, total in self.sums.items()}
+        means = self.log.epoch_means()
+        if not means:  # resumed in the validation of this epoch, or none of its steps was finite
+            return
+        state = engine.state
+        if self.bar is not None:  # None: resumed at the end of an epoch
+            self.bar.close()
+            seconds, steps = time.perf_counter() - self.started, state.epoch_length - self.first
+            means["data_wait_share"] = self.waited / seconds
+            means["patches_per_second"] = steps * self.batch_size / seconds
         means["learning_rate"] = self.optimizer.param_groups[0]["lr"]
-        means["data_wait_share"] = self.waited / seconds
-        means["patches_per_second"] = self.steps * self.batch_size / seconds
-        epoch = engine.state.epoch
         for name, value in means.items():
-            self.log.writer().add_scalar(f"train_epoch/{name}", value, epoch)
-        left = seconds * (engine.state.max_epochs - epoch)
-        text = "  ".join(f"{k} {means[k]:.4f}" for k in ("loss", "recons_loss", "p_loss", "adv_loss", "d_loss"))
-        logger.info(
-            "epoch %d/%d: %s  lr %.1e  %.2f patches/s  data wait %.0f %%  left %s",
-            epoch, engine.state.max_epochs, text, means["learning_rate"], means["patches_per_second"],
-            100 * means["data_wait_share"], tqdm.format_interval(left),
-        )  # fmt: skip
+            self.log.writer().add_scalar(f"train_epoch/{name}", value, state.epoch)
+        shown = ("loss", "recons_loss", "p_loss", "adv_loss", "d_loss")
+        text = "  ".join(f"{name} {means[name]:.4f}" for name in shown if name in means)
+        text += f"  lr {means['learning_rate']:.1e}"
+        if self.bar is not None:
+            left = tqdm.format_interval(seconds / steps * state.epoch_length * (state.max_epochs - state.epoch))
+            text += (
+                f"  {means['patches_per_second']:.2f} patches/s  data wait {means['data_wait_share']:.0%}  left {left}"
+            )
+        logger.info("epoch %d/%d: %s", state.epoch, state.max_epochs, text)
 
     def _end(self, engine: Any) -> None:
-        if hasattr(self, "bar"):
-            self._show(engine)
+        self._show(engine)
+        if self.bar is not None:
             self.bar.close()
         self.log.close()
 
@@ -198,6 +267,8 @@ class ValidationLog:
 
     def _epoch_completed(self, engine: Any) -> None:
         self.bar.close()
+        if not engine.state.metrics:  # interrupted
+            return
         epoch, writer = engine.state.epoch, self.log.writer()
         for name, value in engine.state.metrics.items():
             writer.add_scalar(f"val_epoch/{name}", value, epoch)

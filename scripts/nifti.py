@@ -14,6 +14,7 @@ import numpy as np
 from scripts.errors import UserError
 
 CT_WINDOW = (-1000.0, 1000.0)  # HU, mapped to 0..1, as MAISI does
+CT_LIMIT = 30000.0  # no tissue or metal; what wraps round in uint16 comes out beyond it
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,8 @@ def _spatial_shape(image: nib.Nifti1Image, path: Path, modality: str) -> tuple[i
         shape = shape[:3]
     if len(shape) != 3:
         raise UserError(f"{path}: has shape {shape}, not 3D; split it into 3D volumes or remove it from the datalist")
+    if min(shape) < 2:
+        raise UserError(f"{path}: has shape {shape}, a single slice, not a volume; remove it from the datalist")
     return shape
 
 
@@ -140,6 +143,21 @@ def read_nifti(path: str | Path, modality: str = "ct", select_channel: int = 0) 
     data = _narrow(data, path)
     canonical = nib.as_closest_canonical(nib.Nifti1Image(data, image.affine))
     return np.asanyarray(canonical.dataobj), canonical.affine
+
+
+def check_values(data: np.ndarray, path: str | Path, modality: str) -> None:
+    """Whether the intensities can be those of a volume.
+
+    Raises:
+        UserError: for a constant volume, and for CT with impossible Hounsfield units.
+    """
+    low, high = float(data.min()), float(data.max())
+    if low == high:
+        raise UserError(f"{path}: is constant (every voxel {low:g}); remove it from the datalist")
+    if modality == "ct" and high > CT_LIMIT:
+        raise UserError(
+            f"{path}: reaches {high:.0f} HU; uint16 overflow or wrong scaling; convert it again from its source"
+        )
 
 
 def _narrow(data: np.ndarray, path: Path) -> np.ndarray:

@@ -19,7 +19,7 @@ from monai.transforms.utils import create_rotate
 from torch.utils.data import Dataset, Sampler
 
 from scripts.errors import UserError
-from scripts.volumes import Volume
+from scripts.volumes import BROKEN, Volume, explain
 
 SPACING_TYPES = ("original", "fixed", "rand_zoom")
 _PLANES = ((0, 1), (1, 2), (0, 2))
@@ -301,17 +301,25 @@ class PatchDataset(Dataset):
     def __len__(self) -> int:
         return len(self.data)
 
+    def names(self) -> list[list[str]]:
+        """File name and class of each volume: what must not change while a training goes on; folders may."""
+        return [[Path(entry["image"]).name, entry["class"]] for entry in self.data]
+
     def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any]:
         """The patch of `(epoch, index)`, or of epoch 1 where only the index is given.
 
         Returns:
-            `image`, (1, X, Y, Z) float32, and `path`, the volume it comes from.
+            `image`, (1, X, Y, Z) float32; `path`, the volume it comes from; and `error`: empty, or why that volume
+            cannot be read, `image` being NaN then.
         """
         epoch, index = key if isinstance(key, tuple) else (1, key)
-        entry = self.data[index]
-        volume = Volume.of(entry, self.store_dir, self.select_channel)
+        entry, error = self.data[index], ""
         rng = np.random.default_rng([self.seed, epoch, index])
-        return {"image": self.transform(volume, rng), "path": entry["image"]}
+        try:
+            image = self.transform(Volume.of(entry, self.store_dir, self.select_channel), rng)
+        except BROKEN as problem:
+            image, error = torch.full((1, *self.transform.patch_size), torch.nan), explain(entry, problem)
+        return {"image": image, "path": entry["image"], "error": error}
 
 
 class EpochSampler(Sampler[tuple[int, int]]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
@@ -18,6 +19,7 @@ from torch import nn
 from scripts import datalist as datalists
 from scripts.autoencoder import check_weights, read_weights
 from scripts.errors import UserError
+from scripts.memory import available
 from scripts.trainer import amp_dtype
 from scripts.volumes import prepare
 
@@ -32,6 +34,7 @@ _POSITIVE_INTEGERS = ("batch_size", "val_batch_size", "val_interval", "n_epochs"
 _SIZES = ("patch_size", "val_patch_size", "val_sliding_window_patch_size")
 # A training step costs 14.4 MFLOP a voxel with MAISI's [64, 128, 256], a forward pass 4.3.
 _FORWARD_SHARE = 0.3
+_VALIDATION_BYTES = 4 * 8  # image, padded image, reconstruction, weights, and SSIM's: eight float32 a voxel
 
 
 def check_command_line(argv: Sequence[str] | None = None) -> None:
@@ -202,11 +205,43 @@ def prepare_data(
     idist.barrier()
 
 
-def print_table(trainer: Any, evaluator: Any, amp: bool, patch_size: Sequence[int], num_ranks: int = 1) -> None:
-    """What will run: volumes, steps, parameters, precision, devices, and what a validation costs in steps."""
+def check_disk(trainer: Any, model_dir: str) -> float:
+    """Whether weights and checkpoint fit on the disk, once more than they are there already.
+
+    Returns:
+        what they take there, in GB.
+
+    Raises:
+        UserError: naming the folder and both sizes.
+    """
+    sizes = [4 * sum(p.numel() for p in net.parameters()) for net in (trainer.network, trainer.judge)]
+    checkpoint = 3 * sum(sizes)  # Adam holds two more values for each weight
+    total = 2 * sizes[0] + sizes[1] + checkpoint
+    there = sum(f.stat().st_size for f in Path(model_dir).glob("*.pt"))
+    need, free = max(total - there, 0) + checkpoint, shutil.disk_usage(model_dir).free
+    if need > free:
+        raise UserError(
+            f"{model_dir}: weights and checkpoint need {need / 1e9:.3f} GB, but {free / 1e9:.3f} GB is free; free "
+            "space or choose another model_dir"
+        )
+    return total / 1e9
+
+
+def print_table(
+    trainer: Any, evaluator: Any, amp: bool, patch_size: Sequence[int], model_dir: str, num_ranks: int = 1
+) -> None:
+    """What will run: volumes, steps, parameters, precision, devices, disk, memory, and the cost of a validation."""
     voxels = float(torch.tensor(patch_size).prod()) * trainer.data_loader.batch_size * num_ranks
     volumes = evaluator.data_loader.dataset
-    validation = sum(volumes.voxels(i) for i in range(len(volumes))) / (1 - evaluator.inferer.share) ** 3
+    voxels_of = [volumes.voxels(i) for i in range(len(volumes))]
+    validation = sum(voxels_of) / (1 - evaluator.inferer.share) ** 3
+    memory = max(voxels_of) * _VALIDATION_BYTES
+    if 0 < available() < memory:
+        print(
+            f"warning: validating the largest volume takes about {memory / 1e9:.1f} GB of memory, and "
+            f"{available() / 1e9:.1f} GB is left; set autoencoder_train#val_patch_size",
+            file=sys.stderr,
+        )
     parameters = [
         sum(p.numel() for p in net.parameters()) / 1e6 for net in (trainer.autoencoder, trainer.discriminator)
     ]
@@ -219,6 +254,8 @@ def print_table(trainer: Any, evaluator: Any, amp: bool, patch_size: Sequence[in
         "patch": f"{' x '.join(map(str, patch_size))}, {batch}",
         "parameters": f"autoencoder {parameters[0]:.2f} M, discriminator {parameters[1]:.2f} M",
         "computed in": f"{str(amp_dtype(device, amp)).removeprefix('torch.')} on {name}",
+        "disk": f"{check_disk(trainer, model_dir):.2f} GB for weights and checkpoint in {model_dir}",
+        "memory": f"about {memory / 1e9:.1f} GB on the host for the largest volume to validate",
         "a validation": f"costs about {max(validation * _FORWARD_SHARE / voxels, 1):.0f} training steps",
     }
     print("\n".join(f"{key:<14}{text}" for key, text in rows.items()), flush=True)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import threading
 import time
 from types import FrameType
 from typing import Any
@@ -13,6 +15,22 @@ import torch.distributed as dist
 STATUS = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, run the same command again
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 IMPATIENCE = 2.0  # seconds after which a second Ctrl-C ends the run at once; torchrun repeats the first by itself
+
+
+def shield(worker_id: int) -> None:
+    """For data-loader workers: outlive signals to the whole job (Slurm's), so that the main process ends its step.
+
+    SIGTERM of the parent, by which PyTorch ends a worker, still does.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    parent = os.getppid()
+
+    def wait() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent and os.getppid() == parent:
+            pass
+        os._exit(0)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 class StopSignal:

@@ -27,6 +27,7 @@ from scripts import errors  # noqa: E402
 from scripts.errors import UserError  # noqa: E402
 from scripts.signals import SIGNALS, STATUS  # noqa: E402
 
+PATIENCE = 40  # seconds from a signal to the kill of a rank that does not end
 BASE, MULTI_GPU = "configs/train.json", "configs/multi_gpu_train.json"
 
 
@@ -83,10 +84,13 @@ def launch(gpus: int, command: Sequence[str]) -> None:
     if nodes == 1:
         options += ["--master-addr=127.0.0.1", f"--master-port={free_port()}"]
     else:
+        for name in ("MASTER_ADDR", "MASTER_PORT"):
+            if not os.environ.get(name):
+                raise UserError(f"NNODES is {nodes}, but {name} is not set; set it to the first node's, on every node")
         endpoint = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         run_id = os.environ.get("SLURM_JOB_ID", "maisi_ct_autoencoder")
         options += ["--rdzv-backend=c10d", f"--rdzv-endpoint={endpoint}", f"--rdzv-id={run_id}"]
-    options.append("--signals-to-handle=" + ",".join(s.name for s in SIGNALS))
+    options += ["--signals-to-handle=" + ",".join(s.name for s in SIGNALS), f"--shutdown-timeout={PATIENCE}"]
     threads = max((os.cpu_count() or 1) // gpus, 1) if torch.cuda.device_count() == 0 else 1
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     os.environ.setdefault("PYTHONWARNINGS", "ignore")

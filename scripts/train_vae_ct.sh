@@ -31,7 +31,7 @@ echo "job $SLURM_JOB_ID on $SLURM_JOB_NODELIST, start number $((${SLURM_RESTART_
 
 stopping=""
 trap 'stopping=yes; echo "asked to stop; forwarding to the training"; kill -USR1 "$step"' USR1
-srun --ntasks-per-node=1 --kill-on-bad-exit=1 scripts/train_vae_ct_gpu.sh "$@" &
+srun --ntasks-per-node=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" --kill-on-bad-exit=1 scripts/train_vae_ct_gpu.sh "$@" &
 step=$!
 status=0
 wait "$step" || status=$?

@@ -25,7 +25,9 @@ if [[ -n "$CONDA_ENV" ]]; then
     command -v conda >/dev/null || fail "CONDA_ENV is $CONDA_ENV, but there is no conda; load it first, or use VENV"
     # shellcheck disable=SC1091
     source "$(conda info --base)/etc/profile.d/conda.sh"
+    set +u # some packages' activation scripts read variables that are not set
     conda activate "$CONDA_ENV"
+    set -u
 elif [[ -n "$VENV" || -f .venv/bin/activate ]]; then
     VENV="${VENV:-.venv}"
     [[ -f "$VENV/bin/activate" ]] || fail "VENV is $VENV, which has no bin/activate; give a virtual environment's folder"

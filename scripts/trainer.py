@@ -14,14 +14,21 @@ from monai.engines import Trainer
 from monai.engines.workflow import Workflow
 from monai.inferers import Inferer, SimpleInferer
 from torch import nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from scripts.distributed import mean_over_ranks
 from scripts.errors import UserError
+from scripts.memory import explained
 from scripts.signals import STATUS, StopSignal
 
 logger = logging.getLogger(__name__)
+
+KNOBS = (
+    "lower autoencoder_train#patch_size (memory goes with its voxels) or autoencoder_train#batch_size, or set "
+    "activation_checkpointing to true (61 % of the saved activations)"
+)
 
 
 def amp_dtype(device: torch.device | str, amp: bool) -> torch.dtype:
@@ -38,6 +45,11 @@ def amp_dtype(device: torch.device | str, amp: bool) -> torch.dtype:
 def adam_eps(amp: bool) -> float:
     """Adam's epsilon as the reference has it: larger where gradients pass through a narrow type."""
     return 1e-6 if amp else 1e-8
+
+
+def guarded(loss: torch.Tensor) -> torch.Tensor:
+    """`loss`, of which every gradient is NaN where it is not finite: so all ranks see it, and none steps."""
+    return loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan)
 
 
 class Warmup:
@@ -75,6 +87,7 @@ class VaeTrainer(Trainer):
         adv_weight: of the adversarial term in the autoencoder's loss.
         inferer: runs the autoencoder.
         amp: compute in `amp_dtype`; float16 gets a gradient scaler for the autoencoder.
+        max_grad_norm: gradients are scaled down to this norm; None to leave them.
         seed: everything random in a step is a function of (seed, iteration, sample's place in the global batch).
         engine_kwargs: for `monai.engines.Trainer`: `max_epochs`, `train_handlers`, ...
     """
@@ -95,6 +108,7 @@ class VaeTrainer(Trainer):
         adv_weight: float = 0.1,
         inferer: Inferer | None = None,
         amp: bool = True,
+        max_grad_norm: float | None = None,
         seed: int = 0,
         **engine_kwargs: Any,
     ) -> None:
@@ -108,11 +122,13 @@ class VaeTrainer(Trainer):
         self.stop = StopSignal()
         self.optimizer_g, self.optimizer_d = optimizer_g, optimizer_d
         self.generator_loss, self.adversarial_loss = generator_loss, adversarial_loss
-        self.adv_weight, self.seed = adv_weight, seed
+        self.adv_weight, self.max_grad_norm, self.seed = adv_weight, max_grad_norm, seed
         self.inferer = SimpleInferer() if inferer is None else inferer
         self.dtype = amp_dtype(self.state.device, amp)
         scaling: dict[str, Any] = {"init_scale": 2.0**8, "growth_factor": 1.5, "enabled": self.dtype == torch.float16}
         self.scaler_g = torch.amp.GradScaler(self.state.device.type, **scaling)
+        self.scaler_d = torch.amp.GradScaler(self.state.device.type, enabled=False)  # the discriminator is in float32
+        self.state.epoch_pending = False
         self.add_event_handler(Events.EPOCH_STARTED, self._start_epoch)
 
     def run(self) -> None:  # type: ignore[override]
@@ -121,11 +137,20 @@ class VaeTrainer(Trainer):
         Raises:
             SystemExit: with status 75, where a signal ended the training early (see `Checkpointing`).
         """
-        if self.state.iteration >= self.state.epoch_length * self.state.max_epochs:
+        done = self.state.iteration >= self.state.epoch_length * self.state.max_epochs
+        pending = self.state.epoch_pending
+        if done and not pending:
             logger.info("all %d epochs are done; raise n_epochs to go on", self.state.max_epochs)
             return
-        with self.stop:
-            Workflow.run(self)  # not Trainer.run, which makes a scaler of its own
+        try:
+            with self.stop:
+                if pending:  # the checkpoint is from after an epoch's last step, before its validation
+                    self.fire_event(Events.EPOCH_COMPLETED)
+                if not done and not self.should_terminate:
+                    Workflow.run(self)  # not Trainer.run, which makes a scaler of its own
+        except RuntimeError as error:
+            shape = tuple(self.state.batch["image"].shape) if self.state.batch else "?"
+            raise explained(error, self.state.device, f"batches of {shape}", KNOBS) from error
         if self.should_terminate:
             sys.exit(STATUS)
 
@@ -150,9 +175,8 @@ class VaeTrainer(Trainer):
             losses = self.generator_loss(reconstruction, images, mu, sigma, generators)
         losses["adv_loss"] = self.adversarial_loss(self.judge(reconstruction.float())[-1], True, False)
         loss_g = losses["loss"] + self.adv_weight * losses["adv_loss"]
-        self.scaler_g.scale(loss_g).backward()
-        self.scaler_g.step(self.optimizer_g)
-        self.scaler_g.update()
+        self.scaler_g.scale(guarded(loss_g)).backward()
+        losses["grad_norm_g"] = self._update(self.optimizer_g, self.scaler_g)
 
         # (2) discriminator: fake and real in one pass (its normalisation is per sample)
         self.judge.requires_grad_(True)
@@ -161,10 +185,26 @@ class VaeTrainer(Trainer):
         losses["d_fake_loss"] = self.adversarial_loss(fake, False, True)
         losses["d_real_loss"] = self.adversarial_loss(real, True, True)
         losses["d_loss"] = (losses["d_fake_loss"] + losses["d_real_loss"]) * 0.5
-        losses["d_loss"].backward()
-        self.optimizer_d.step()
+        guarded(losses["d_loss"]).backward()
+        losses["grad_norm_d"] = self._update(self.optimizer_d, self.scaler_d)
+        self.state.own_losses = losses
         means = mean_over_ranks(torch.stack([value.detach() for value in losses.values()]))
         return dict(zip(losses, means.unbind(), strict=True))
+
+    def _update(self, optimizer: Optimizer, scaler: torch.amp.GradScaler) -> torch.Tensor:
+        """Step, unless a gradient is not finite: decided on the device, so that nothing waits. Returns their norm."""
+        scaler.unscale_(optimizer)
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norm = get_total_norm([p.grad for p in parameters])
+        if self.max_grad_norm is not None:
+            clip_grads_with_norm_(parameters, self.max_grad_norm, norm)
+        fused = bool(optimizer.defaults.get("fused"))
+        if fused and not scaler.is_enabled():  # an enabled scaler decides by itself
+            optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]
+        if fused or scaler.is_enabled() or norm.isfinite():
+            scaler.step(optimizer)
+            scaler.update()
+        return norm.nan_to_num(0, 0) if scaler.is_enabled() else norm  # its overflows are no fault
 
     def _draw(self, images: torch.Tensor) -> tuple[torch.Tensor, list[torch.Generator]]:
         """Latent noise, and for each sample what chooses its slices; the same however samples are spread over ranks."""

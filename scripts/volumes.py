@@ -32,7 +32,7 @@ from tqdm import tqdm
 from scripts import errors
 from scripts.datalist import load
 from scripts.errors import UserError
-from scripts.nifti import CT_WINDOW, read_nifti
+from scripts.nifti import CT_WINDOW, check_values, read_nifti
 
 blosc2.set_nthreads(1)  # parallelism comes from data-loader workers; a thread pool would not survive their fork
 
@@ -64,6 +64,7 @@ def convert(source: str | Path, store_dir: str | Path, modality: str = "ct", sel
     if target.exists():
         return target
     data, affine = read_nifti(source, modality, select_channel)
+    check_values(data, source, modality)
     window = CT_WINDOW if modality == "ct" else tuple(float(p) for p in np.percentile(data, MRI_PERCENTILES))
     if not window[0] < window[1]:
         raise UserError(f"{source}: is constant (every voxel about {window[0]:g}); remove it from the datalist")
@@ -88,6 +89,15 @@ def convert(source: str | Path, store_dir: str | Path, modality: str = "ct", sel
     finally:
         part.unlink(missing_ok=True)
     return target
+
+
+BROKEN = (OSError, RuntimeError, ValueError)  # what reading a damaged volume raises
+
+
+def explain(entry: Mapping[str, str], problem: Exception) -> str:
+    """Why a volume cannot be read, in one line that names it."""
+    text = " ".join(str(problem).split()) or type(problem).__name__
+    return text if entry["image"] in text else f"{entry['image']}: cannot be read any more ({text})"
 
 
 class Volume:
@@ -174,15 +184,21 @@ class VolumeDataset(Dataset):
 
         Returns:
             `image`, (1, X, Y, Z) float32 in RAS, CT in [0, 1]; `path`; `spacing` (3,) in mm; `range`, what 1.0 is in
-            HU (in stored intensity for MRI).
+            HU (in stored intensity for MRI); `error`, empty, or why the volume cannot be read, `image` being NaN then.
         """
         entry = self.data[index]
-        volume = Volume.of(entry, self.store_dir, self.select_channel)
-        image = volume.normalise(volume.read([slice(0, n) for n in volume.shape]))[None]
+        try:
+            volume = Volume.of(entry, self.store_dir, self.select_channel)
+            image = volume.normalise(volume.read([slice(0, n) for n in volume.shape]))[None]
+        except BROKEN as problem:
+            image = torch.full((1, *(self.patch_size or (4, 4, 4))), torch.nan)
+            nothing = {"spacing": np.ones(3), "range": 1.0}
+            return {"image": image, "path": entry["image"], "error": explain(entry, problem), **nothing}
         if self.crop is not None:
             image = torch.as_tensor(self.crop(image))
         intensity_range = volume.window[1] - volume.window[0]
-        return {"image": image, "path": entry["image"], "spacing": volume.spacing, "range": intensity_range}
+        facts = {"spacing": volume.spacing, "range": intensity_range}
+        return {"image": image, "path": entry["image"], "error": "", **facts}
 
 
 def prepare(

@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,15 +17,22 @@ from scripts.errors import UserError
 from scripts.patches import EpochSampler
 from scripts.trainer import VaeTrainer, Warmup
 from tests.test_autoencoder import SMALL, stock_network
-from tests.test_trainer import make_trainer
+from tests.test_trainer import Patches, make_trainer
 
 
-def begin(folder: Path, epochs: int, **options) -> VaeTrainer:
+def begin(folder: Path, epochs: int, sampler: Any = None, validate: Any = None, **options) -> VaeTrainer:
+    folder.mkdir(exist_ok=True)
     trainer = make_trainer(batch_size=1, steps=2)
     trainer.state.max_epochs = epochs
-    dataset = trainer.data_loader.dataset
-    trainer.data_loader = DataLoader(dataset, 1, sampler=EpochSampler(len(dataset), seed=5))
+    if sampler is not None:
+        trainer.data_loader = DataLoader(Patches(sampler.length), 1, sampler=sampler)
+        trainer.state.epoch_length = len(trainer.data_loader)
+    else:
+        dataset = trainer.data_loader.dataset
+        trainer.data_loader = DataLoader(dataset, 1, sampler=EpochSampler(len(dataset), seed=5))
     scheduler = torch.optim.lr_scheduler.LambdaLR(trainer.optimizer_g, lambda e: 1 / (e + 1))
+    if validate is not None:
+        trainer.add_event_handler(Events.EPOCH_COMPLETED, validate)
     trainer.add_event_handler(Events.EPOCH_COMPLETED, lambda _: scheduler.step())
     state = {n: getattr(trainer, n) for n in ("autoencoder", "discriminator", "optimizer_g", "optimizer_d")}
     attach_checkpointing(trainer, state | {"scheduler": scheduler}, str(folder), **options)
@@ -138,14 +146,82 @@ def test_what_does_not_fit_is_refused_and_left_alone(tmp_path: Path) -> None:
     (tmp_path / "other.pt").unlink()
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
     (tmp_path / "checkpoint.pt").write_bytes(before["checkpoint.pt"][:5000])
-    with pytest.raises(UserError, match=r"checkpoint\.pt: cannot be resumed from .* --resume False"):
+    with pytest.raises(UserError, match=r"checkpoint\.pt: cannot be resumed from .* --resume False --overwrite True"):
         begin(tmp_path, 2)
     assert torch.load(tmp_path / "autoencoder.pt", weights_only=True)
 
 
-def test_changed_data_are_refused(tmp_path: Path) -> None:
-    begin(tmp_path, 1).run()
-    trainer = make_trainer(batch_size=1, steps=3)
+def test_a_changed_network_or_data_configuration_is_refused_by_name(tmp_path: Path) -> None:
+    settings = {"data_option": {"spacing_type": "original", "random_aug": True}, "seed": 0, "data": list(range(20))}
+    begin(tmp_path, 1, settings=settings).run()
+    content = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    assert content["settings"]["seed"] == 0 and len(content["digest"]) == 64
+    begin(tmp_path, 2, settings=settings)
+    changed = settings | {"data_option": {"spacing_type": "fixed", "random_aug": True}}
+    with pytest.raises(UserError, match="data_option#spacing_type was original, now it is fixed; restore it"):
+        begin(tmp_path, 2, settings=changed)
+    with pytest.raises(UserError, match=r"seed was 0, now it is 3 \(and data\); restore it"):
+        begin(tmp_path, 2, settings=settings | {"data": list(range(1, 21)), "seed": 3})
+    trainer = begin(tmp_path / "other", 1)
+    trainer.autoencoder.encoder.blocks[1].norm1.eps = 1e-3
     state = {n: getattr(trainer, n) for n in ("autoencoder", "discriminator", "optimizer_g", "optimizer_d")}
-    with pytest.raises(UserError, match="an epoch had 2 steps, now it has 3; restore the training data"):
-        attach_checkpointing(trainer, state, str(tmp_path))
+    with pytest.raises(UserError, match=r"autoencoder_def: encoder.blocks.1.norm1 was GroupNorm\(8, 16, eps=1e-06"):
+        attach_checkpointing(trainer, state, str(tmp_path), settings=settings)
+
+
+def test_starting_over_does_not_overwrite_unless_told_to(tmp_path: Path) -> None:
+    begin(tmp_path, 1).run()
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    with pytest.raises(UserError, match="holds a trained model, and resume is false; give another model_dir"):
+        begin(tmp_path, 1, resume=False)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+    begin(tmp_path, 1, resume=False, overwrite=True).run()
+    assert {p.name: p.read_bytes() for p in (tmp_path / "previous_1").iterdir()} == before
+
+
+def test_another_number_of_ranks_goes_on_with_the_volumes_not_yet_seen(tmp_path: Path) -> None:
+    trainer = begin(tmp_path, 2)
+    trainer.add_event_handler(Events.ITERATION_STARTED(once=3), lambda _: os.kill(os.getpid(), signal.SIGUSR1))
+    trainer.data_loader = DataLoader(Patches(6), 1, sampler=EpochSampler(6, seed=5))
+    trainer.state.epoch_length = 6
+    with pytest.raises(SystemExit):
+        trainer.run()
+    resumed = begin(tmp_path, 2, sampler=EpochSampler(6, seed=5, rank=1, num_replicas=2))
+    assert (resumed.state.epoch, resumed.state.iteration) == (0, 1)  # 3 of 6 volumes seen: 1 of 3 steps
+    resumed.run()
+    assert resumed.state.iteration == 6
+
+
+def test_a_signal_in_a_validation_ends_it_and_resuming_validates(tmp_path: Path) -> None:
+    def validate(engine) -> None:
+        seen.append(engine.state.epoch)
+        if len(seen) == 1:
+            engine.fire_event(Events.INTERRUPT)  # as Validate does
+            engine.terminate()
+        else:
+            engine.state.validations.append({"epoch": engine.state.epoch, "loss": 1.0})
+
+    seen: list[int] = []
+    begin(tmp_path / "whole", 2).run()
+    broken = begin(tmp_path / "broken", 2, validate=validate)
+    with pytest.raises(SystemExit):
+        broken.run()
+    content = torch.load(tmp_path / "broken" / "checkpoint.pt", weights_only=True)
+    assert (
+        content["epoch_pending"] and content["iteration"] == 2 and not (tmp_path / "broken" / "autoencoder.pt").exists()
+    )
+    resumed = begin(tmp_path / "broken", 2, validate=validate)
+    resumed.run()
+    assert seen == [1, 1, 2] and [v["epoch"] for v in resumed.state.validations] == [1, 2]
+    states = [torch.load(tmp_path / f / "autoencoder.pt", weights_only=True) for f in ("whole", "broken")]
+    assert same(*states)
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
+    begin(tmp_path, 1).run()
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    trainer = begin(tmp_path, 3, checkpoint_minutes=0)
+    with torch.no_grad():
+        trainer.discriminator.final_conv.conv.bias.fill_(torch.nan)
+    trainer.run()
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
