@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,8 +27,9 @@ class Patches(Dataset):
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, key: int | tuple[int, int]) -> dict[str, torch.Tensor]:
-        return {"image": self.images[key[1] if isinstance(key, tuple) else key]}
+    def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any]:
+        index = key[1] if isinstance(key, tuple) else key
+        return {"image": self.images[index], "path": f"{index}.nii.gz", "error": ""}
 
 
 def make_trainer(batch_size: int = 2, steps: int = 3, amp: bool = False, size: int = 24, layers: int = 2) -> VaeTrainer:
