@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 from pathlib import Path
@@ -58,6 +59,12 @@ def _excepthook(kind: type[BaseException], error: BaseException, trace: Tracebac
     print(last_line(error), file=sys.stderr, flush=True)
 
 
+def _thread_excepthook(args: threading.ExceptHookArgs) -> None:
+    # At once, so that it does not come after the last line: the main thread meets the same error soon.
+    sys.stderr.write(f"in a thread: {args.exc_type.__name__}: {args.exc_value}\n")
+
+
 def install() -> None:
     """Make uncaught errors end in one line on standard error; tracebacks are kept for what is not the user's."""
     sys.excepthook = _excepthook
+    threading.excepthook = _thread_excepthook

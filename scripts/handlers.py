@@ -8,7 +8,9 @@ import os
 import sys
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +52,8 @@ class Validate(ValidationHandler):
                 validator.interrupt()
 
         engine.add_event_handler(Events.EPOCH_COMPLETED(event_filter=due), self)
-        self.validator.add_event_handler(Events.ITERATION_COMPLETED, look)  # type: ignore[union-attr]
+        if self.validator is not None:
+            self.validator.add_event_handler(Events.ITERATION_COMPLETED, look)
 
     def __call__(self, engine: Any) -> None:
         started = time.perf_counter()
@@ -92,12 +95,23 @@ class TensorBoardLog:
         self.sums: dict[str, float] = {}
         self.steps = 0
 
-    def writer(self) -> SummaryWriter:
-        """The writer, made when it is first needed; a new training hides what another one logged here before."""
-        if self._writer is None:
-            options: dict[str, Any] = {"purge_step": None if self.resumed else 1, "flush_secs": 30}
-            self._writer = SummaryWriter(self.log_dir, filename_suffix=f".{self.training}", **options)
-        return self._writer
+    @contextmanager
+    def writing(self) -> Iterator[SummaryWriter]:
+        """The writer, made when it is first needed; a new training hides what another one logged here before.
+
+        Raises:
+            UserError: where the disk is full or the folder not writable.
+        """
+        try:
+            if self._writer is None:
+                options: dict[str, Any] = {"purge_step": None if self.resumed else 1, "flush_secs": 30}
+                self._writer = SummaryWriter(self.log_dir, filename_suffix=f".{self.training}", **options)
+            yield self._writer
+        except OSError as error:
+            reason = error.strerror or error
+            raise UserError(
+                f"{self.log_dir}: cannot be written ({reason}); free space or change tfevent_path"
+            ) from error
 
     def add_step(self, step: int, rate: float, losses: Mapping[str, torch.Tensor]) -> None:
         """Take the losses of a step; they stay on the device until `flush`."""
@@ -108,11 +122,11 @@ class TensorBoardLog:
         if not self.pending:
             return {}
         rows = torch.stack([values for *_, values in self.pending]).cpu().tolist()
-        writer = self.writer()
         for (step, rate, names, _), row in zip(self.pending, rows, strict=True):
-            for name, value in zip(names, row, strict=True):
-                writer.add_scalar(f"train_iter/{name}", value, step)
-            writer.add_scalar("train_iter/learning_rate", rate, step)
+            with self.writing() as writer:
+                for name, value in zip(names, row, strict=True):
+                    writer.add_scalar(f"train_iter/{name}", value, step)
+                writer.add_scalar("train_iter/learning_rate", rate, step)
             if all(map(math.isfinite, row)):
                 self.sums = {name: self.sums.get(name, 0.0) + value for name, value in zip(names, row, strict=True)}
                 self.steps += 1
@@ -129,13 +143,9 @@ class TensorBoardLog:
     def state_dict(self) -> dict[str, Any]:
         """The sums of the epoch so far, and how long each event file is."""
         self.flush()
-        try:
-            self.writer().flush()
+        with self.writing() as writer:
+            writer.flush()
             sizes = {file.name: file.stat().st_size for file in self._files()}
-        except OSError as error:
-            raise UserError(
-                f"{self.log_dir}: cannot be written ({error.strerror}); free space or change tfevent_path"
-            ) from error
         return {"training": self.training, "sums": self.sums, "steps": self.steps, "sizes": sizes}
 
     def _files(self) -> list[Path]:
@@ -154,9 +164,11 @@ class TensorBoardLog:
 
     def close(self) -> None:
         """Finish the event file, if one was begun."""
+        self.flush()
         if self._writer is not None:
-            self._writer.close()
-            self._writer = None
+            with self.writing() as writer:
+                self._writer = None
+                writer.close()
 
 
 class TrainingLog:
@@ -221,8 +233,9 @@ class TrainingLog:
             means["data_wait_share"] = self.waited / seconds
             means["patches_per_second"] = steps * self.batch_size / seconds
         means["learning_rate"] = self.optimizer.param_groups[0]["lr"]
-        for name, value in means.items():
-            self.log.writer().add_scalar(f"train_epoch/{name}", value, state.epoch)
+        with self.log.writing() as writer:
+            for name, value in means.items():
+                writer.add_scalar(f"train_epoch/{name}", value, state.epoch)
         shown = ("loss", "recons_loss", "p_loss", "adv_loss", "d_loss")
         text = "  ".join(f"{name} {means[name]:.4f}" for name in shown if name in means)
         text += f"  lr {means['learning_rate']:.1e}"
@@ -269,12 +282,13 @@ class ValidationLog:
         self.bar.close()
         if not engine.state.metrics:  # interrupted
             return
-        epoch, writer = engine.state.epoch, self.log.writer()
-        for name, value in engine.state.metrics.items():
-            writer.add_scalar(f"val_epoch/{name}", value, epoch)
-        writer.add_image("val_original_image", three_planes(self.original)[None], epoch)
-        writer.add_image("val_reconstructed_image", three_planes(self.reconstruction)[None], epoch)
-        writer.flush()
+        epoch = engine.state.epoch
+        with self.log.writing() as writer:
+            for name, value in engine.state.metrics.items():
+                writer.add_scalar(f"val_epoch/{name}", value, epoch)
+            writer.add_image("val_original_image", three_planes(self.original)[None], epoch)
+            writer.add_image("val_reconstructed_image", three_planes(self.reconstruction)[None], epoch)
+            writer.flush()
         self.output_dir.mkdir(parents=True, exist_ok=True)
         path = self.output_dir / "validation.png"
         save_comparison(self.original, self.reconstruction, self.spacing, path, f"epoch {epoch}")
@@ -327,9 +341,15 @@ def save_comparison(
         axes[0, column].set_title(name)
     figure.colorbar(picture, ax=axes[:, 2], shrink=0.6)
     figure.suptitle(f"{title}, window -1000..400 HU")
+    picture_bytes = BytesIO()
+    figure.savefig(picture_bytes, dpi=100, format="png")
     part = path.with_name(f".part-{path.name}")
-    figure.savefig(part, dpi=100, format="png")
-    part.replace(path)
+    try:
+        part.write_bytes(picture_bytes.getvalue())
+        part.replace(path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise UserError(f"{path}: cannot be written ({error.strerror}); free space or change output_dir") from error
 
 
 def report(trainer: Any, model_dir: str, log: TensorBoardLog, output_dir: str) -> None:
