@@ -74,13 +74,19 @@ def read_header(path: str | Path, modality: str = "ct") -> Header:
     path = Path(path)
     image = _open_nifti(path)
     shape = _spatial_shape(image, path, modality)
-    affine = image.affine
-    if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
-        raise UserError(f"{path}: its affine is singular ({affine[:3, :3].tolist()}); repair the header's qform/sform")
+    affine = _affine(image, path)
     _check_complete(path, image)
     spacing = tuple(float(s) for s in nib.affines.voxel_sizes(affine))
     axcodes = "".join(nib.aff2axcodes(affine))
     return Header(path, shape, spacing, axcodes, str(image.get_data_dtype()))
+
+
+def _affine(image: nib.Nifti1Image, path: Path) -> np.ndarray:
+    affine = image.affine
+    finite = np.isfinite(affine).all() and abs(np.linalg.det(affine[:3, :3])) > 1e-9
+    if not finite or None in nib.aff2axcodes(affine):
+        raise UserError(f"{path}: its affine is singular ({affine[:3, :3].tolist()}); repair the header's qform/sform")
+    return affine
 
 
 def _check_complete(path: Path, image: nib.Nifti1Image) -> None:
@@ -128,6 +134,7 @@ def read_nifti(path: str | Path, modality: str = "ct", select_channel: int = 0) 
     path = Path(path)
     image = _open_nifti(path)
     _spatial_shape(image, path, modality)
+    affine = _affine(image, path)
     _check_complete(path, image)
     try:
         data = np.asanyarray(image.dataobj)
@@ -141,7 +148,7 @@ def read_nifti(path: str | Path, modality: str = "ct", select_channel: int = 0) 
             raise UserError(f"{path}: has {data.shape[3]} channels, but select_channel is {channel}; lower it")
         data = data[..., channel]
     data = _narrow(data, path)
-    canonical = nib.as_closest_canonical(nib.Nifti1Image(data, image.affine))
+    canonical = nib.as_closest_canonical(nib.Nifti1Image(data, affine))
     return np.asanyarray(canonical.dataobj), canonical.affine
 
 
