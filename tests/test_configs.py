@@ -168,7 +168,7 @@ def write_guide_files(root: Path, datalist: Path, **environment: Any) -> list[st
 def test_the_guides_files_are_layers_and_finetuning_starts_from_weights(datalist: Path, tmp_path: Path) -> None:
     options = {"perceptual_pretrained": False, "num_workers": 0, "store_dir": str(tmp_path / "store")}
     options |= {"output_dir": str(tmp_path / "out"), "discriminator_def#channels": 8}
-    long = {**options, "autoencoder_train#n_epochs": 6, "warmup_epochs": [], "warmup_factors": []}
+    long = {**options, "autoencoder_train#n_epochs": 4, "warmup_epochs": [], "warmup_factors": []}
     long["autoencoder_train#lr"] = 1e-3
     train(write_guide_files(tmp_path, datalist), **long)
     weights = tmp_path / "my models" / "autoencoder.pt"

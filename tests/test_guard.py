@@ -152,6 +152,7 @@ def test_two_ranks_pass_over_a_broken_volume_alike_and_end_when_told_to(datalist
     assert "1 volumes broke during training (max_bad_volumes is 0)" in done.stderr
 
 
+@pytest.mark.slow
 def test_two_ranks_end_alike_when_every_step_is_nan(datalist: Path, tmp_path: Path) -> None:
     broken_store(datalist, tmp_path, nan=True)
     command = ["-m", "monai.bundle", "run", "--config_file", LAYERS]

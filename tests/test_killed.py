@@ -104,7 +104,7 @@ def test_killed_at_random_and_restarted_equals_the_unbroken_training(
     assert_equal_trainings(whole, broken)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=SLOW)])
 def test_a_signal_ends_the_step_and_the_same_command_goes_on(
     number: signal.Signals, datalist: Path, tmp_path: Path
 ) -> None:

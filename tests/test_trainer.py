@@ -168,3 +168,14 @@ def test_warmup_is_the_references_rule() -> None:
 
 def test_amp_dtype_without_amp_is_float32() -> None:
     assert amp_dtype("cpu", False) == torch.float32
+
+
+def test_running_out_of_memory_says_which_knobs_to_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = make_trainer(steps=1)
+
+    def fail(*args: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+    monkeypatch.setattr(trainer, "inferer", fail)
+    with pytest.raises(UserError, match=r"out of memory with batches of \(2, 1, 24, 24, 24\) .*patch_size.*check"):
+        trainer.run()
