@@ -191,6 +191,8 @@ class Checkpointing:
     def _read(self, path: Path) -> dict[str, Any]:
         try:
             content = torch.load(path, map_location="cpu", weights_only=True)
+            if "settings" not in content:
+                raise KeyError("written by an earlier version")
             if not self.state.keys() <= content["state"].keys():
                 raise KeyError(f"no state of {min(self.state.keys() - content['state'].keys())}")
             return content

@@ -1,29 +1,20 @@
-"""What a person sees of a training: progress bar, log lines, TensorBoard, pictures, and the summary at its end."""
+"""What a person sees of a training: progress bar, log lines, validations, and the summary at its end."""
 
 from __future__ import annotations
 
 import logging
-import math
-import os
 import sys
 import time
-import uuid
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from ignite.engine import Events
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from monai.handlers import ValidationHandler
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from scripts.errors import UserError
+from scripts.pictures import save_comparison, three_planes
+from scripts.tensorboard_log import TensorBoardLog
 
 logger = logging.getLogger(__name__)
 
@@ -74,101 +65,6 @@ class Validate(ValidationHandler):
         }
         text = "  ".join(f"{name} {metrics[name]:{style}}" for name, style in shown.items())
         logger.info("epoch %d validation: %s  (%.0f s)", engine.state.epoch, text, time.perf_counter() - started)
-
-
-class TensorBoardLog:
-    """Owns the event file of a training in `log_dir`, and what is not yet written to it.
-
-    It is part of a training's state: on resuming, the event files are cut back to what they held when the checkpoint
-    was written, so that each step is in them once, wherever the earlier run was killed.
-
-    Args:
-        log_dir: folder of the event files.
-        enabled: whether this process writes.
-    """
-
-    def __init__(self, log_dir: str, enabled: bool = True) -> None:
-        self.log_dir, self.enabled = log_dir, enabled
-        self.training, self.resumed = uuid.uuid4().hex[:8], False  # the training's name in its files' names
-        self._writer: SummaryWriter | None = None
-        self.pending: list[tuple[int, float, list[str], torch.Tensor]] = []
-        self.sums: dict[str, float] = {}
-        self.steps = 0
-
-    @contextmanager
-    def writing(self) -> Iterator[SummaryWriter]:
-        """The writer, made when it is first needed; a new training hides what another one logged here before.
-
-        Raises:
-            UserError: where the disk is full or the folder not writable.
-        """
-        try:
-            if self._writer is None:
-                options: dict[str, Any] = {"purge_step": None if self.resumed else 1, "flush_secs": 30}
-                self._writer = SummaryWriter(self.log_dir, filename_suffix=f".{self.training}", **options)
-            yield self._writer
-        except OSError as error:
-            reason = error.strerror or error
-            raise UserError(
-                f"{self.log_dir}: cannot be written ({reason}); free space or change tfevent_path"
-            ) from error
-
-    def add_step(self, step: int, rate: float, losses: Mapping[str, torch.Tensor]) -> None:
-        """Take the losses of a step; they stay on the device until `flush`."""
-        self.pending.append((step, rate, list(losses), torch.stack(list(losses.values()))))
-
-    def flush(self) -> dict[str, float]:
-        """Write the steps that were taken, and return the losses of the last one; none where there was none."""
-        if not self.pending:
-            return {}
-        rows = torch.stack([values for *_, values in self.pending]).cpu().tolist()
-        for (step, rate, names, _), row in zip(self.pending, rows, strict=True):
-            with self.writing() as writer:
-                for name, value in zip(names, row, strict=True):
-                    writer.add_scalar(f"train_iter/{name}", value, step)
-                writer.add_scalar("train_iter/learning_rate", rate, step)
-            if all(map(math.isfinite, row)):
-                self.sums = {name: self.sums.get(name, 0.0) + value for name, value in zip(names, row, strict=True)}
-                self.steps += 1
-        self.pending.clear()
-        return dict(zip(names, row, strict=True))
-
-    def epoch_means(self) -> dict[str, float]:
-        """Means over the steps since the last call, those that were not finite left out."""
-        self.flush()
-        means = {name: total / self.steps for name, total in self.sums.items()}
-        self.sums, self.steps = {}, 0
-        return means
-
-    def state_dict(self) -> dict[str, Any]:
-        """The sums of the epoch so far, and how long each event file is."""
-        self.flush()
-        with self.writing() as writer:
-            writer.flush()
-            sizes = {file.name: file.stat().st_size for file in self._files()}
-        return {"training": self.training, "sums": self.sums, "steps": self.steps, "sizes": sizes}
-
-    def _files(self) -> list[Path]:
-        return list(Path(self.log_dir).glob(f"*tfevents*.{self.training}"))
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Cut the event files back; those begun since then get a name that TensorBoard does not read."""
-        self.training, self.resumed = state["training"], True
-        self.sums, self.steps = dict(state["sums"]), state["steps"]
-        for file in self._files() if self.enabled else ():
-            size = state["sizes"].get(file.name)
-            if size is None:
-                file.rename(file.with_name(file.name.replace("tfevents", "superseded")))
-            elif size < file.stat().st_size:
-                os.truncate(file, size)
-
-    def close(self) -> None:
-        """Finish the event file, if one was begun."""
-        self.flush()
-        if self._writer is not None:
-            with self.writing() as writer:
-                self._writer = None
-                writer.close()
 
 
 class TrainingLog:
@@ -293,63 +189,6 @@ class ValidationLog:
         path = self.output_dir / "validation.png"
         save_comparison(self.original, self.reconstruction, self.spacing, path, f"epoch {epoch}")
         del self.original, self.reconstruction  # whole volumes, not to be held until the next validation
-
-
-def _planes(volume: np.ndarray) -> list[np.ndarray]:
-    """The sagittal, coronal and axial plane through the centre of a RAS volume, head up, front up."""
-    middle = [n // 2 for n in volume.shape]
-    return [np.take(volume, middle[axis], axis)[:, ::-1].T for axis in range(3)]
-
-
-def three_planes(volume: np.ndarray) -> np.ndarray:
-    """The three central planes of (X, Y, Z) in [0, 1] side by side, padded to one height: (H, W) in [0, 1]."""
-    planes = _planes(volume)
-    height = max(p.shape[0] for p in planes)
-    padded = [np.pad(p, ((0, height - p.shape[0]), (0, 0))) for p in planes]
-    return np.clip(np.concatenate(padded, axis=1), 0, 1)
-
-
-def save_comparison(
-    original: np.ndarray, reconstruction: np.ndarray, spacing: Sequence[float], path: Path, title: str
-) -> None:
-    """A PNG of original, reconstruction and error (HU), sagittal, coronal and axial.
-
-    Args:
-        original: (X, Y, Z) in RAS, in [0, 1] for -1000..1000 HU.
-        reconstruction: in the same shape.
-        spacing: mm along the axes.
-        path: of the PNG.
-        title: above the picture.
-    """
-    volumes = (original, reconstruction, (reconstruction - original) * 2000)
-    scales: Sequence[dict[str, Any]] = (
-        {"cmap": "gray", "vmin": 0.0, "vmax": 0.7},
-        {"cmap": "gray", "vmin": 0.0, "vmax": 0.7},
-        {"cmap": "RdBu_r", "vmin": -300, "vmax": 300},
-    )
-    aspects = (spacing[2] / spacing[1], spacing[2] / spacing[0], spacing[1] / spacing[0])
-    figure = Figure(figsize=(9, 9), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(3, 3)
-    names = ("original", "reconstruction", "error (HU)")
-    for column, (volume, scale, name) in enumerate(zip(volumes, scales, names, strict=True)):
-        for row, (plane, label) in enumerate(zip(_planes(volume), ("sagittal", "coronal", "axial"), strict=True)):
-            picture = axes[row, column].imshow(plane, aspect=aspects[row], **scale)
-            axes[row, column].set(xticks=[], yticks=[])
-            if column == 0:
-                axes[row, column].set_ylabel(label)
-        axes[0, column].set_title(name)
-    figure.colorbar(picture, ax=axes[:, 2], shrink=0.6)
-    figure.suptitle(f"{title}, window -1000..400 HU")
-    picture_bytes = BytesIO()
-    figure.savefig(picture_bytes, dpi=100, format="png")
-    part = path.with_name(f".part-{path.name}")
-    try:
-        part.write_bytes(picture_bytes.getvalue())
-        part.replace(path)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        raise UserError(f"{path}: cannot be written ({error.strerror}); free space or change output_dir") from error
 
 
 def report(trainer: Any, model_dir: str, log: TensorBoardLog, output_dir: str) -> None:

@@ -187,8 +187,8 @@ class VaeTrainer(Trainer):
         losses["d_loss"] = (losses["d_fake_loss"] + losses["d_real_loss"]) * 0.5
         guarded(losses["d_loss"]).backward()
         losses["grad_norm_d"] = self._update(self.optimizer_d, self.scaler_d)
-        self.state.own_losses = losses
-        means = mean_over_ranks(torch.stack([value.detach() for value in losses.values()]))
+        self.state.own_losses = {name: value.detach() for name, value in losses.items()}
+        means = mean_over_ranks(torch.stack(list(self.state.own_losses.values())))
         return dict(zip(losses, means.unbind(), strict=True))
 
     def _update(self, optimizer: Optimizer, scaler: torch.amp.GradScaler) -> torch.Tensor:
