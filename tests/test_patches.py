@@ -128,7 +128,9 @@ def test_fixed_spacing_matches_monai(tmp_path: Path, axcodes: str) -> None:
 
 
 def test_intensity_jitter_leaves_padding_at_zero(tmp_path: Path) -> None:
-    path = make_volume(tmp_path, np.full((10, 40, 40), 200, np.int16), "RAS", (1.0, 1.0, 1.0))
+    data = np.full((10, 40, 40), 200, np.int16)
+    data[0, 0, 0] = 0  # outside the patch; a constant volume would be refused
+    path = make_volume(tmp_path, data, "RAS", (1.0, 1.0, 1.0))
     parameters = PatchParameters(intensity_scale=1.1, intensity_shift=-0.05)
     patch = ours(path, tmp_path, parameters, (20, 20, 20))
     assert torch.equal(patch[:, :5], torch.zeros(1, 5, 20, 20))
