@@ -43,7 +43,7 @@ def test_resuming_cuts_the_log_back_to_the_checkpoint(tmp_path: Path) -> None:
     for path in sorted(p for p in mine if "tfevents" in p.name):
         events = EventAccumulator(str(path)).Reload()
         steps += [event.step for event in events.Scalars("train_iter/loss")]
-    assert steps == [1, 2, 3, 4, 5, 6]
+    assert sorted(steps) == [1, 2, 3, 4, 5, 6]  # files of one second are in no order
     assert len(list(tmp_path.iterdir())) == 4
 
 
