@@ -104,7 +104,7 @@ def test_weights_go_both_ways(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["ours.pt", "theirs.pt"]
 
 
-class _Attack:
+class Attack:
     def __init__(self, path: Path) -> None:
         self.path = path
 
@@ -127,10 +127,10 @@ def test_bad_weights_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is damaged"):
         load_weights(network, path)
     with path.open("wb") as file:
-        pickle.dump(_Attack(tmp_path / "owned"), file)
+        pickle.dump(Attack(tmp_path / "owned"), file)
     with pytest.raises(UserError, match="holds more than tensors"):
         load_weights(network, path)
-    torch.save({"weights": _Attack(tmp_path / "owned")}, path)
+    torch.save({"weights": Attack(tmp_path / "owned")}, path)
     with pytest.raises(UserError, match="holds more than tensors"):
         load_weights(network, path)
     assert not (tmp_path / "owned").exists()

@@ -20,6 +20,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from scripts.errors import last_line
 from tests.conftest import REAL_CT, save_nifti
+from tests.test_autoencoder import Attack
 
 TRAIN, DEMO = Path("configs/train.json"), Path("configs/demo.json")
 NETWORK = {"num_channels": [16, 16, 16], "num_res_blocks": [1, 1, 1], "norm_num_groups": 8}
@@ -197,14 +198,6 @@ def test_mri_trains_beside_ct(datalist: Path, tmp_path: Path) -> None:
     workflow = train(**TINY | {"autoencoder_train#n_epochs": 1}, **folders(tmp_path, mixed))
     trainer = workflow.trainer
     assert trainer.state.iteration == 5 and np.isfinite(trainer.state.validations[-1]["loss"])
-
-
-class Attack:
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self):
-        return Path.touch, (self.path,)
 
 
 BAD_DATALISTS: dict[str, tuple[Any, str]] = {
