@@ -1,4 +1,4 @@
-"""`AutoencoderKlMaisi` made quick, and its weights in and out.
+"""`AutoencoderKlMaisi` made quick to train.
 
 The parameters and their names stay those of MONAI's network, so weights go both ways. What changes is how it runs:
 one GroupNorm kernel instead of a Python loop over groups, everything in the compute type, and normalised, activated
@@ -8,9 +8,7 @@ or upsampled tensors recomputed in the backward pass (they cost 1 % of a convolu
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,8 +23,6 @@ from monai.apps.generation.maisi.networks.autoencoderkl_maisi import (
 )
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-
-from scripts.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -246,72 +242,3 @@ def prepare(
     if compile:
         fast.compile()
     return fast
-
-
-def save_weights(network: nn.Module, path: str | Path) -> None:
-    """Write a plain float32 state dict, which MONAI's own network loads with `strict=True`; never half a file."""
-    write_tensors({name: tensor.detach().float().cpu() for name, tensor in network.state_dict().items()}, path)
-
-
-def write_tensors(content: dict[str, Any], path: str | Path) -> None:
-    """`torch.save` under another name, then rename: there is always the whole old file or the whole new one."""
-    path = Path(path)
-    part = path.with_name(f".part-{path.name}")
-    try:
-        with part.open("wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError where the disk is full
-        raise UserError(f"{path}: cannot be written ({error}); free space or choose another model_dir") from error
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
-    """The state dict in a weights file, plain or under `unet_state_dict` (as MAISI's releases come).
-
-    Raises:
-        UserError: where the file is missing, damaged, or holds anything but tensors.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path}: no such weights file; correct trained_autoencoder_path, or set finetune to false")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        reason = " ".join(str(error).split())[:160]
-        raise UserError(f"{path}: is damaged or holds more than tensors, so it is not loaded ({reason})") from error
-    if isinstance(state, dict) and "unet_state_dict" in state:
-        state = state["unet_state_dict"]
-    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
-        raise UserError(f"{path}: holds no plain state dict of tensors; save network.state_dict()")
-    return {name.removeprefix("module."): tensor for name, tensor in state.items()}
-
-
-def load_weights(network: nn.Module, path: str | Path) -> None:
-    """Load weights, strictly.
-
-    Raises:
-        UserError: naming the first parameter that is missing, unknown or of another shape.
-    """
-    state = read_weights(path)
-    check_weights(network, state, path)
-    network.load_state_dict(state)
-    logger.info("weights loaded from %s", path)
-
-
-def check_weights(network: nn.Module, state: dict[str, torch.Tensor], path: str | Path) -> None:
-    """Raise a UserError that names the first parameter of `state` that is missing, unknown or of another shape."""
-    own = network.state_dict()
-    for name, tensor in own.items():
-        if name in state and state[name].shape != tensor.shape:
-            raise UserError(
-                f"{path}: {name} is {tuple(state[name].shape)}, but the network's is {tuple(tensor.shape)}; "
-                "use weights of this architecture, or the network definition of these weights (autoencoder_def)"
-            )
-    missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-    if missing or unknown:
-        what = f"lacks {missing[0]}" if missing else f"has {unknown[0]}, which the network lacks"
-        raise UserError(f"{path}: {what} (weights of another architecture); correct the path or autoencoder_def")

@@ -19,13 +19,12 @@ import torch
 from ignite.engine import Events
 from torch.optim.lr_scheduler import LRScheduler
 
-from scripts.autoencoder import load_weights, save_weights, write_tensors
 from scripts.errors import UserError
+from scripts.weights import AUTOENCODER, BEST, load_weights, save_weights, write_tensors
 
 logger = logging.getLogger(__name__)
 
-CHECKPOINT, AUTOENCODER, DISCRIMINATOR = "checkpoint.pt", "autoencoder.pt", "discriminator.pt"
-BEST = "autoencoder_best_epoch{}.pt"
+CHECKPOINT, DISCRIMINATOR = "checkpoint.pt", "discriminator.pt"
 EPOCH_SECONDS = 60.0  # an epoch this long is worth a checkpoint before its validation
 
 

@@ -21,7 +21,8 @@ from tqdm import tqdm
 
 from scripts import errors
 from scripts.errors import UserError
-from scripts.nifti import CT_WINDOW, Header, check_values, read_header, read_nifti
+from scripts.intensity import CT_WINDOW
+from scripts.nifti import Header, check_values, read_header, read_nifti
 
 SPLITS = ("training", "validation", "testing")
 CLASSES = ("ct", "mri")

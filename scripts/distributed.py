@@ -1,4 +1,4 @@
-"""Joining the group of processes that torchrun starts; configs/multi_gpu_train.json is the only caller."""
+"""Joining the group of processes that torchrun starts."""
 
 from __future__ import annotations
 
@@ -39,6 +39,13 @@ def join() -> torch.device:
     if idist.get_rank() > 0:
         logging.disable(logging.INFO)
     return idist.device()
+
+
+def join_if_launched() -> torch.device:
+    """As `join` under torchrun; else the device of a single process: the GPU where there is one."""
+    if "LOCAL_RANK" in os.environ:
+        return join()
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def mean_over_ranks(values: torch.Tensor) -> torch.Tensor:

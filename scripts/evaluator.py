@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import ignite.distributed as idist
@@ -12,14 +11,14 @@ import torch
 import torch.nn.functional as F
 from ignite.engine import Events
 from monai.engines import Evaluator
-from monai.inferers import Inferer, SlidingWindowInferer
-from monai.metrics.regression import compute_ssim_and_cs
+from monai.inferers import Inferer
 from monai.transforms import CenterSpatialCrop
 from torch import nn
 from torch.utils.data import DataLoader
 
 from scripts.errors import UserError
 from scripts.memory import explained
+from scripts.metrics import LatentHealth, reconstruction_metrics
 from scripts.trainer import amp_dtype
 
 logger = logging.getLogger(__name__)
@@ -27,105 +26,15 @@ logger = logging.getLogger(__name__)
 KNOBS = "lower autoencoder_train#val_sliding_window_patch_size"
 
 
-class VolumeInferer(SlidingWindowInferer):
-    """`SlidingWindowInferer` for autoencoders: windows no larger than the volume, volumes of any size.
-
-    Windows are stitched on the CPU, so that the network holds one window on the device, whatever the volume's size.
-    They start at multiples of `factor`, so that those of the latents fit.
-
-    Args:
-        roi_size: window in voxels; None takes the volume in one piece.
-        factor: of the network; volumes are padded with 0 to multiples of it.
-        kwargs: for `monai.inferers.SlidingWindowInferer`: `overlap`, `mode`, `sw_device`, ...
-    """
-
-    def __init__(self, roi_size: list[int] | None = None, factor: int = 4, **kwargs: Any) -> None:
-        super().__init__(roi_size or [0, 0, 0], **{"device": torch.device("cpu"), **kwargs})
-        self.window, self.factor, self.share = roi_size, factor, float(kwargs.get("overlap", 0.25))
-
-    def __call__(self, inputs: torch.Tensor, network: Any, *args: Any, **kwargs: Any) -> Any:
-        """Reconstruction cropped to the size of `inputs` (B, 1, X, Y, Z), and the latents of the padded volume."""
-        size = inputs.shape[2:]
-        short = [-n % self.factor for n in size]
-        padded = F.pad(inputs, [p for s in reversed(short) for p in (s // 2, s - s // 2)])
-        self.roi_size = [min(w, n) for w, n in zip(self.window or padded.shape[2:], padded.shape[2:], strict=True)]
-        steps = [max(int(r * (1 - self.share)) // self.factor, 1) * self.factor for r in self.roi_size]
-        self.overlap = [1 - step / r for step, r in zip(steps, self.roi_size, strict=True)]
-        reconstruction, *latents = super().__call__(padded, network, *args, **kwargs)
-        start = [s // 2 for s in short]
-        box = [slice(a, a + n) for a, n in zip(start, size, strict=True)]
-        return (reconstruction[:, :, box[0], box[1], box[2]], *latents)
-
-
-class LatentHealth:
-    """Running statistics of posterior means and standard deviations over all validation latents."""
-
-    def __init__(self) -> None:
-        self.count, self.noise = 0, 0.0
-        self.sum, self.square = torch.zeros(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
-
-    def update(self, mu: torch.Tensor, sigma: torch.Tensor) -> None:
-        """Add latents (B, C, X, Y, Z)."""
-        values = mu.double()
-        self.count += values[:, 0].numel()
-        self.sum = self.sum + values.sum((0, 2, 3, 4)).cpu()
-        self.square = self.square + values.square().sum((0, 2, 3, 4)).cpu()
-        self.noise += float(sigma.double().square().sum()) / mu.shape[1]
-
-    @staticmethod
-    def merged(parts: Sequence[LatentHealth]) -> LatentHealth:
-        """The statistics of several ranks' latents together."""
-        whole = LatentHealth()
-        for part in parts:
-            whole.count, whole.noise = whole.count + part.count, whole.noise + part.noise
-            whole.sum, whole.square = whole.sum + part.sum, whole.square + part.square
-        return whole
-
-    def compute(self) -> dict[str, float]:
-        """`scale_factor` (1 / std over all), `latent_std_<channel>`, and `posterior_noise_share` of the variance."""
-        mean, square = self.sum / self.count, self.square / self.count
-        variance = float(square.mean() - mean.mean() ** 2)
-        noise = self.noise / self.count
-        health = {
-            "scale_factor": 1 / math.sqrt(max(variance, 1e-20)),
-            "posterior_noise_share": noise / max(variance + noise, 1e-20),
-        }
-        deviations = (square - mean**2).clamp(min=0).sqrt()
-        return health | {f"latent_std_{channel}": float(std) for channel, std in enumerate(deviations)}
-
-
-def reconstruction_metrics(
-    reconstruction: torch.Tensor, target: torch.Tensor, intensity_range: float
-) -> dict[str, float]:
-    """PSNR (dB) and SSIM of range 1, and the mean absolute error in HU, of one volume.
-
-    Args:
-        reconstruction: (1, 1, X, Y, Z).
-        target: in the same shape, normalised.
-        intensity_range: what 1.0 is in HU.
-    """
-    error = reconstruction.float() - target
-    window = min(11, *target.shape[2:])
-    window -= 1 - window % 2
-    ssim, _ = compute_ssim_and_cs(
-        reconstruction.float(), target, 3, [window] * 3, [1.5] * 3, data_range=1.0, kernel_type="gaussian"
-    )
-    return {
-        "psnr": -10 * math.log10(max(float(error.square().mean()), 1e-12)),
-        "ssim": float(ssim.mean()),
-        "mae_hu": float(error.abs().mean()) * intensity_range,
-    }
-
-
 class VaeEvaluator(Evaluator):
     """Measures an autoencoder on whole volumes; `state.metrics` holds means over the volumes of all ranks.
 
-    `loss` is that of the trainer's `VaeLoss` without the adversarial term; `psnr`, `ssim`, `mae_hu` are those of
-    `reconstruction_metrics`, the rest is `LatentHealth`.
+    `loss` is that of the trainer's `VaeLoss` without the adversarial term; `psnr`, `ssim`, `mae_hu` and `rmse_hu` are
+    those of `reconstruction_metrics`, the rest is `LatentHealth`.
 
     Args:
         device: where the windows are computed.
-        val_data_loader: batches with `image`, (B, 1, X, Y, Z), and `range`.
+        val_data_loader: batches with `image`, (B, 1, X, Y, Z), `range`, and `clip`: measure what lies in [0, 1].
         autoencoder: a `FastAutoencoderKlMaisi`.
         generator_loss: a `VaeLoss`.
         discriminator: for `adv_loss` and `d_loss`, measured on the centre of each volume.
@@ -199,7 +108,8 @@ class VaeEvaluator(Evaluator):
                 with torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32):
                     losses = self.generator_loss(*one)
                 losses |= self._judge(one[0], one[1])
-                quality = reconstruction_metrics(one[0], one[1], float(batch["range"][i]))
+                shown = reconstructions[i].clamp(0, 1) if batch["clip"][i] else reconstructions[i]
+                quality = reconstruction_metrics(shown, images[i], float(batch["range"][i]), device)
                 per_element = {"kl_per_element": float(losses["kl_loss"]) / mu[i].numel()}
                 self.cases.append({name: float(value) for name, value in losses.items()} | per_element | quality)
         return {"image": images, "reconstruction": reconstructions}

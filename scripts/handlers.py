@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import ignite.distributed as idist
 import torch
 from ignite.engine import Events
 from monai.handlers import ValidationHandler
@@ -22,9 +23,9 @@ REPORT_SECONDS = 1.0  # losses are read from the device no more often than this
 
 
 def progress_bar(total: int, description: str, unit: str, initial: int = 0) -> tqdm:
-    """A bar that goes away when it is done, and that fills no log file: there, a line every half minute."""
-    interval = 0.5 if sys.stderr.isatty() else 30.0
-    return tqdm(total=total, desc=description, unit=unit, initial=initial, leave=False, mininterval=interval)
+    """Rank 0's bar, which goes away when it is done, and fills no log file: there, a line every half minute."""
+    looks = {"leave": False, "mininterval": 0.5 if sys.stderr.isatty() else 30.0, "disable": idist.get_rank() > 0}
+    return tqdm(total=total, desc=description, unit=unit, initial=initial, **looks)
 
 
 class Validate(ValidationHandler):

@@ -21,6 +21,7 @@ _TAP_CHANNELS = (64, 128, 256, 384, 384, 512, 512)
 _FIRE = {3: (64, 16, 64), 4: (128, 16, 64), 6: (128, 32, 128), 7: (256, 32, 128)}
 _FIRE |= {9: (256, 48, 192), 10: (384, 48, 192), 11: (384, 64, 256), 12: (512, 64, 256)}
 _POOLS = (2, 5, 8)
+_FETCH = "fetch them with python -m monai.bundle download_large_files --bundle_path ."
 _SMALLEST = 17  # pixels that its strides leave something of
 
 
@@ -178,6 +179,17 @@ class PerceptualLoss(nn.Module):
             loss = loss + self._mean_distance(_slices(reconstruction, axis, picks), _slices(target, axis, picks))
         return loss
 
+    @torch.no_grad()
+    def lpips(self, reconstruction: torch.Tensor, target: torch.Tensor, chunk: int = 16) -> float:
+        """The mean over the three axes of the mean LPIPS of evenly spaced slices of volumes (X, Y, Z) on any device."""
+        device, total = self.shift.device, 0.0
+        for axis in range(3):
+            picks = self._pick(target.shape[axis], None)
+            ours, theirs = (_slices(v[None, None], axis + 2, [picks]).split(chunk) for v in (reconstruction, target))
+            pairs = zip(ours, theirs, strict=True)
+            total += float(torch.cat([self.distance(a.to(device), b.to(device)) for a, b in pairs]).mean()) / 3
+        return total
+
     def _pick(self, count: int, generator: torch.Generator | None) -> torch.Tensor:
         wanted = max(int(count * self.slice_ratio), 1)
         if generator is None:
@@ -191,6 +203,17 @@ class PerceptualLoss(nn.Module):
         return torch.cat([self.distance(a, b) for a, b in pairs]).mean()
 
 
+def lpips_if_there(
+    backbone_path: str, linear_path: str, device: torch.device | str, slice_ratio: float = 0.2
+) -> PerceptualLoss | None:
+    """`PerceptualLoss` with its published weights, on `device`, or None, said in the log, where these are missing."""
+    missing = [path for path in (backbone_path, linear_path) if not Path(path).is_file()]
+    if missing:
+        logger.warning("LPIPS is left out: %s is missing; %s", missing[0], _FETCH)
+        return None
+    return PerceptualLoss(True, backbone_path, linear_path, slice_ratio).to(device)
+
+
 def _slices(volumes: torch.Tensor, axis: int, picks: Sequence[torch.Tensor]) -> torch.Tensor:
     """Selected first, then copied: (N, 1, H, W) of (B, 1, X, Y, Z)."""
     chosen = [
@@ -202,8 +225,7 @@ def _slices(volumes: torch.Tensor, axis: int, picks: Sequence[torch.Tensor]) -> 
 def _read(path: Path) -> dict[str, torch.Tensor]:
     if not path.is_file():
         raise UserError(
-            f"{path}: perceptual weights are missing; fetch them with python -m monai.bundle download_large_files "
-            "--bundle_path ., or set perceptual_pretrained to false for a try"
+            f"{path}: perceptual weights are missing; {_FETCH}, or set perceptual_pretrained to false for a try"
         )
     try:
         return torch.load(path, map_location="cpu", weights_only=True)

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+from nibabel.orientations import apply_orientation, axcodes2ornt, io_orientation, ornt_transform
 
 from scripts.errors import UserError
+from scripts.files import whole
 
-CT_WINDOW = (-1000.0, 1000.0)  # HU, mapped to 0..1, as MAISI does
 CT_LIMIT = 30000.0  # no tissue or metal; what wraps round in uint16 comes out beyond it
 
 
@@ -181,3 +182,32 @@ def _narrow(data: np.ndarray, path: Path) -> np.ndarray:
         if data.dtype.kind in "iub" or np.array_equal(integers, data):
             return integers
     return data.astype(np.float32)
+
+
+def write_like(source: str | Path, data: np.ndarray, target: str | Path) -> None:
+    """Write a volume that came from `read_nifti` in the geometry of its file: shape, axes, affine and header.
+
+    Args:
+        source: the file that was read; of its header all but the data type and the scaling is kept.
+        data: (X, Y, Z) in the closest canonical orientation; its type is the file's.
+        target: a path that ends in `.nii.gz`.
+    """
+    image = _open_nifti(Path(source))
+    to_source = ornt_transform(axcodes2ornt("RAS"), io_orientation(image.affine))
+    stored = apply_orientation(data, to_source)
+    if image.ndim == 4 and image.shape[3] == 1:
+        stored = stored[..., None]
+    header = image.header.copy()
+    header.set_data_dtype(data.dtype)
+    header.set_slope_inter(1, 0)
+    save_nifti(type(image)(stored, image.affine, header), target)
+
+
+def save_nifti(image: nib.Nifti1Image, target: str | Path) -> None:
+    """Write a NIfTI file, whole.
+
+    Raises:
+        UserError: where it cannot be written.
+    """
+    with whole(target) as part:
+        nib.save(image, part)

@@ -155,13 +155,13 @@ def sample(volume: Volume, placement: Placement, patch_size: Sequence[int]) -> t
     limit = np.asarray(volume.shape) - 1
     start = np.clip(np.floor(low + 1e-6), 0, limit).astype(int)
     stop = np.clip(np.ceil(high - 1e-6), start, limit).astype(int) + 1
-    values = volume.clipped(volume.read([slice(int(a), int(b)) for a, b in zip(start, stop, strict=True)]))
+    values = volume.intensity.clipped(volume.read([slice(int(a), int(b)) for a, b in zip(start, stop, strict=True)]))
     axes = np.abs(matrix).argmax(axis=1)
     if np.count_nonzero(np.abs(matrix) > 1e-9) == 3:
         inner = _sample_along_axes(values, matrix[range(3), axes], offset - start, axes, counts)
     else:
         inner = _sample_oblique(values, matrix, offset - start, counts)
-    inner = volume.scale(inner)
+    inner = volume.intensity.scale(inner)
     if tuple(counts) == tuple(patch_size):
         return inner
     patch = torch.zeros(tuple(patch_size))

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from base64 import b64encode
+from collections.abc import Callable, Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from PIL import Image
 
-from scripts.errors import UserError
+from scripts.files import whole
 
 
 def _planes(volume: np.ndarray) -> list[np.ndarray]:
@@ -28,8 +31,56 @@ def three_planes(volume: np.ndarray) -> np.ndarray:
     return np.clip(np.concatenate(padded, axis=1), 0, 1)
 
 
+def comparison_planes(
+    original: np.ndarray, reconstruction: np.ndarray, spacing: Sequence[float], intensity_range: float, height: int
+) -> dict[str, str]:
+    """Axial, coronal and sagittal plane side by side at one scale, as `data:` URIs of JPEG pictures.
+
+    Args:
+        original: (X, Y, Z) in RAS, normalised.
+        reconstruction: in the same shape.
+        spacing: mm along the axes.
+        intensity_range: what 1.0 is in HU.
+        height: of the pictures in pixels.
+
+    Returns:
+        `original` and `reconstruction` (0 to 0.7, for CT -1000 to 400 HU, black to white), `error` (blue below, red
+        above, full at 300 HU).
+    """
+    extent = np.array(original.shape) * spacing
+    scale = height / max(extent[1], extent[2])
+    sizes = [[max(int(round(extent[i] * scale)), 1) for i in plane] for plane in ((0, 1), (0, 2), (1, 2))]
+
+    def strip(volume: np.ndarray, colour: Callable[[np.ndarray], np.ndarray]) -> str:
+        planes = [Image.fromarray(colour(p)) for p in reversed(_planes(volume))]
+        gap = max(height // 48, 2)
+        canvas = Image.new(planes[0].mode, (sum(w for w, _ in sizes) + 2 * gap, height))
+        left = 0
+        for plane, size in zip(planes, sizes, strict=True):
+            canvas.paste(plane.resize(size, Image.Resampling.LANCZOS), (left, (height - size[1]) // 2))
+            left += size[0] + gap
+        encoded = BytesIO()
+        canvas.save(encoded, "JPEG", quality=88)
+        return f"data:image/jpeg;base64,{b64encode(encoded.getvalue()).decode()}"
+
+    def gray(plane: np.ndarray) -> np.ndarray:
+        return (np.clip(plane / 0.7, 0, 1) * 255).astype(np.uint8)
+
+    def diverging(plane: np.ndarray) -> np.ndarray:
+        return colormaps["berlin"](0.5 + plane / 600, bytes=True)[..., :3]
+
+    error = (reconstruction - original) * intensity_range
+    pictures = (("original", original, gray), ("reconstruction", reconstruction, gray), ("error", error, diverging))
+    return {name: strip(volume, colour) for name, volume, colour in pictures}
+
+
 def save_comparison(
-    original: np.ndarray, reconstruction: np.ndarray, spacing: Sequence[float], path: Path, title: str
+    original: np.ndarray,
+    reconstruction: np.ndarray,
+    spacing: Sequence[float],
+    path: Path,
+    title: str,
+    intensity_range: float = 2000.0,
 ) -> None:
     """A PNG of original, reconstruction and error (HU), sagittal, coronal and axial.
 
@@ -39,8 +90,9 @@ def save_comparison(
         spacing: mm along the axes.
         path: of the PNG.
         title: above the picture.
+        intensity_range: what 1.0 is in HU.
     """
-    volumes = (original, reconstruction, (reconstruction - original) * 2000)
+    volumes = (original, reconstruction, (reconstruction - original) * intensity_range)
     scales: Sequence[dict[str, Any]] = (
         {"cmap": "gray", "vmin": 0.0, "vmax": 0.7},
         {"cmap": "gray", "vmin": 0.0, "vmax": 0.7},
@@ -60,12 +112,5 @@ def save_comparison(
         axes[0, column].set_title(name)
     figure.colorbar(picture, ax=axes[:, 2], shrink=0.6)
     figure.suptitle(f"{title}, window -1000..400 HU")
-    picture_bytes = BytesIO()
-    figure.savefig(picture_bytes, dpi=100, format="png")
-    part = path.with_name(f".part-{path.name}")
-    try:
-        part.write_bytes(picture_bytes.getvalue())
-        part.replace(path)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        raise UserError(f"{path}: cannot be written ({error.strerror}); free space or change output_dir") from error
+    with whole(path) as part:
+        figure.savefig(part, dpi=100, format="png")

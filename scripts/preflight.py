@@ -17,11 +17,11 @@ from monai.bundle.utils import ID_SEP_KEY, merge_kv
 from torch import nn
 
 from scripts import datalist as datalists
-from scripts.autoencoder import check_weights, read_weights
 from scripts.errors import UserError
 from scripts.memory import available
 from scripts.trainer import amp_dtype
 from scripts.volumes import prepare
+from scripts.weights import check_weights, read_weights
 
 DATA_OPTION = ("random_aug", "spacing_type", "spacing", "select_channel")
 AUTOENCODER_TRAIN = (
@@ -65,7 +65,7 @@ def check_command_line(argv: Sequence[str] | None = None) -> None:
     for key in options:
         if key not in _RUN_ARGUMENTS and key not in parser:
             close = _close(key, parser)
-            hint = f"did you mean --{close}?" if close else "configs/train.json lists the keys"
+            hint = f"did you mean --{close}?" if close else "the config file lists the keys"
             raise UserError(f"--{key}: no such key in {', '.join(files)}; {hint}")
 
 
@@ -85,7 +85,7 @@ def _close(key: str, parser: ConfigParser) -> str | None:
     *parents, last = key.split(separator)
     group = parser.get(ID_SEP_KEY.join(parents), None) if parents else parser.get()
     names = [k for k in group if not k.startswith("_")] if isinstance(group, dict) else []
-    matches = get_close_matches(last, names, n=1, cutoff=0.75)
+    matches = get_close_matches(last, names, n=1, cutoff=0.85)
     return separator.join([*parents, matches[0]]) if matches else None
 
 
@@ -139,6 +139,13 @@ def _check_size(name: str, size: Any, factor: int, optional: bool) -> None:
     if any(n % factor for n in size):
         below = [max(n // factor, 1) * factor for n in size]
         raise UserError(f"{name} is {list(size)}, not divisible by the network's factor {factor}; use e.g. {below}")
+
+
+def check_windows(window: Any, overlap: Any, factor: int) -> None:
+    """The window and the overlap of whole-volume workflows; as `check_knobs` does those of training."""
+    _check_size("val_sliding_window_patch_size", window, factor, optional=True)
+    if not isinstance(overlap, (int, float)) or not 0 <= overlap < 1:
+        raise UserError(f"val_overlap is {overlap!r}; use a number from 0 up to below 1, e.g. 0.25")
 
 
 def check_patch(patch_size: Sequence[int], discriminator: nn.Module) -> None:
@@ -234,7 +241,7 @@ def print_table(
     voxels = float(torch.tensor(patch_size).prod()) * trainer.data_loader.batch_size * num_ranks
     volumes = evaluator.data_loader.dataset
     voxels_of = [volumes.voxels(i) for i in range(len(volumes))]
-    validation = sum(voxels_of) / (1 - evaluator.inferer.share) ** 3
+    validation = sum(voxels_of) / (1 - evaluator.inferer.overlap) ** 3
     memory = max(voxels_of) * _VALIDATION_BYTES
     if 0 < available() < memory:
         print(

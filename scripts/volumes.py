@@ -32,11 +32,11 @@ from tqdm import tqdm
 from scripts import errors
 from scripts.datalist import load
 from scripts.errors import UserError
-from scripts.nifti import CT_WINDOW, check_values, read_nifti
+from scripts.intensity import Intensity
+from scripts.nifti import check_values, read_nifti
 
 blosc2.set_nthreads(1)  # parallelism comes from data-loader workers; a thread pool would not survive their fork
 
-MRI_PERCENTILES = (0.0, 99.5)
 FORMAT = 1  # raise when conversion changes, so that older conversions are not found any more
 # Whole-read cost against random-box cost, measured on 512 x 512 x 140 CT: docs/performance.md.
 CHUNK, BLOCK = 64, 32
@@ -65,7 +65,7 @@ def convert(source: str | Path, store_dir: str | Path, modality: str = "ct", sel
         return target
     data, affine = read_nifti(source, modality, select_channel)
     check_values(data, source, modality)
-    window = CT_WINDOW if modality == "ct" else tuple(float(p) for p in np.percentile(data, MRI_PERCENTILES))
+    window = Intensity.of(data, modality).window
     if not window[0] < window[1]:
         raise UserError(f"{source}: is constant (every voxel about {window[0]:g}); remove it from the datalist")
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -107,8 +107,7 @@ class Volume:
         shape: voxels along the RAS axes.
         affine: 4 x 4, voxel index to mm in RAS+.
         spacing: mm along the RAS axes.
-        window: intensities (HU for CT) that map to 0 and 1.
-        clip: whether intensities outside the window are clipped (CT) or not (MRI).
+        intensity: how its intensities map to [0, 1].
         modality: "ct" or "mri".
     """
 
@@ -118,9 +117,8 @@ class Volume:
         self.shape: tuple[int, ...] = self._array.shape
         self.affine = np.array(meta["affine"])
         self.spacing = nib.affines.voxel_sizes(self.affine)
-        self.window: tuple[float, float] = tuple(meta["window"])
         self.modality = modality
-        self.clip = modality == "ct"
+        self.intensity = Intensity(tuple(meta["window"]), clip=modality == "ct")
 
     @classmethod
     def of(cls, entry: Mapping[str, str], store_dir: str | Path, select_channel: int = 0) -> Volume:
@@ -131,22 +129,6 @@ class Volume:
     def read(self, box: Sequence[slice]) -> np.ndarray:
         """The voxels in `box` (three slices with start and stop), int16 or float32, unscaled."""
         return self._array[tuple(box)]
-
-    def clipped(self, values: np.ndarray) -> np.ndarray:
-        """Stored intensities within `window`, in their own type; as they are where `clip` is false."""
-        if not self.clip:
-            return values
-        return np.clip(values, *(np.array(limit, values.dtype) for limit in self.window))
-
-    def scale(self, values: torch.Tensor) -> torch.Tensor:
-        """Float32 intensities to [0, 1] by `window`, in place; linear, so it may come after interpolation."""
-        low, high = self.window
-        return values.sub_(low).div_(high - low)
-
-    def normalise(self, values: np.ndarray) -> torch.Tensor:
-        """Stored intensities to float32 in [0, 1] by `window` (beyond it where `clip` is false)."""
-        clipped = self.clipped(values)
-        return self.scale(torch.from_numpy(clipped).to(torch.float32, copy=clipped is values))
 
 
 class VolumeDataset(Dataset):
@@ -184,20 +166,20 @@ class VolumeDataset(Dataset):
 
         Returns:
             `image`, (1, X, Y, Z) float32 in RAS, CT in [0, 1]; `path`; `spacing` (3,) in mm; `range`, what 1.0 is in
-            HU (in stored intensity for MRI); `error`, empty, or why the volume cannot be read, `image` being NaN then.
+            HU (in stored intensity for MRI); `clip`, whether [0, 1] holds all of it; `error`, empty, or why the volume
+            cannot be read, `image` being NaN then.
         """
         entry = self.data[index]
         try:
             volume = Volume.of(entry, self.store_dir, self.select_channel)
-            image = volume.normalise(volume.read([slice(0, n) for n in volume.shape]))[None]
+            image = volume.intensity.normalise(volume.read([slice(0, n) for n in volume.shape]))[None]
         except BROKEN as problem:
             image = torch.full((1, *(self.patch_size or (4, 4, 4))), torch.nan)
-            nothing = {"spacing": np.ones(3), "range": 1.0}
+            nothing = {"spacing": np.ones(3), "range": 1.0, "clip": True}
             return {"image": image, "path": entry["image"], "error": explain(entry, problem), **nothing}
         if self.crop is not None:
             image = torch.as_tensor(self.crop(image))
-        intensity_range = volume.window[1] - volume.window[0]
-        facts = {"spacing": volume.spacing, "range": intensity_range}
+        facts = {"spacing": volume.spacing, "range": volume.intensity.range, "clip": volume.intensity.clip}
         return {"image": image, "path": entry["image"], "error": "", **facts}
 
 

@@ -8,14 +8,20 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
+from monai.bundle import ConfigParser, ConfigWorkflow
 
 from scripts.phantom import make_phantom
+from scripts.weights import save_weights
 
 REAL_CT = Path(__file__).resolve().parents[2] / "shared" / "ct"
+NETWORK = {"num_channels": [16, 16, 16], "num_res_blocks": [1, 1, 1], "norm_num_groups": 8}
+SMALL = {f"autoencoder_def#{key}": value for key, value in NETWORK.items()}
 SLURM = os.geteuid() == 0 and all(map(shutil.which, ("slurmctld", "slurmd", "munged")))
 
 
@@ -34,6 +40,33 @@ def oriented_affine(axcodes: str, spacing: tuple[float, float, float]) -> np.nda
         affine[world, axis] = sign * spacing[axis]
     affine[:, 3] = [12.5, -30.0, 101.0, 1.0]
     return affine
+
+
+@pytest.fixture(scope="session")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of a network of `NETWORK`'s size, not trained."""
+    torch.manual_seed(0)
+    definition = json.loads(Path("configs/train.json").read_text())["autoencoder_def"] | NETWORK
+    parser = ConfigParser({"spatial_dims": 3, "image_channels": 1, "latent_channels": 4, "net": definition})
+    path = tmp_path_factory.mktemp("weights") / "autoencoder.pt"
+    save_weights(parser.get_parsed_content("net"), path)
+    return path
+
+
+def workflow(name: str, initialize: bool = True, **overrides: Any) -> ConfigWorkflow:
+    """That of a config by its name, as a user would start it."""
+    kind = "train" if name == "train" else "infer"
+    started = ConfigWorkflow(f"configs/{name}.json", workflow_type=kind, logging_file=False, **overrides)
+    if initialize:
+        started.initialize()
+    return started
+
+
+def run(name: str, **overrides: Any) -> ConfigWorkflow:
+    started = workflow(name, **overrides)
+    started.run()
+    started.finalize()
+    return started
 
 
 @pytest.fixture(scope="session")

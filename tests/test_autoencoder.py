@@ -10,8 +10,9 @@ import pytest
 import torch
 from monai.apps.generation.maisi.networks.autoencoderkl_maisi import AutoencoderKlMaisi
 
-from scripts.autoencoder import FastAutoencoderKlMaisi, load_weights, save_weights
+from scripts.autoencoder import FastAutoencoderKlMaisi
 from scripts.errors import UserError
+from scripts.weights import load_weights, save_weights
 from tests.benchmarks.step import saved_bytes
 
 SMALL = {

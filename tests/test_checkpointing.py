@@ -11,11 +11,11 @@ from ignite.engine import Events
 from monai.apps.generation.maisi.networks.autoencoderkl_maisi import AutoencoderKlMaisi
 from torch.utils.data import DataLoader
 
-from scripts.autoencoder import save_weights
 from scripts.checkpointing import attach_checkpointing
 from scripts.errors import UserError
 from scripts.patches import EpochSampler
 from scripts.trainer import VaeTrainer, Warmup
+from scripts.weights import save_weights
 from tests.test_autoencoder import SMALL, stock_network
 from tests.test_trainer import Patches, make_trainer
 

@@ -19,13 +19,12 @@ from monai.bundle import ConfigParser, ConfigWorkflow
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from scripts.errors import last_line
-from tests.conftest import REAL_CT, save_nifti
+from tests.conftest import NETWORK, REAL_CT, SMALL, save_nifti
 from tests.test_autoencoder import Attack
 
 TRAIN, DEMO = Path("configs/train.json"), Path("configs/demo.json")
-NETWORK = {"num_channels": [16, 16, 16], "num_res_blocks": [1, 1, 1], "norm_num_groups": 8}
 TINY: dict[str, Any] = {
-    **{f"autoencoder_def#{key}": value for key, value in NETWORK.items()},
+    **SMALL,
     "discriminator_def#channels": 8,
     "perceptual_pretrained": False,
     "num_workers": 0,

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
@@ -8,79 +7,14 @@ import pytest
 import torch
 from ignite.engine import Events
 from monai.networks.nets import PatchDiscriminator
-from torch import nn
 from torch.utils.data import DataLoader
 
 from scripts.autoencoder import FastAutoencoderKlMaisi
 from scripts.errors import UserError
-from scripts.evaluator import LatentHealth, VaeEvaluator, VolumeInferer, reconstruction_metrics
+from scripts.evaluator import VaeEvaluator
 from scripts.losses import LeastSquaresAdversarialLoss, PerceptualLoss, VaeLoss
+from scripts.windows import VolumeInferer
 from tests.test_autoencoder import stock_network
-
-
-class _Pooled(nn.Module):
-    """Stands for an autoencoder whose reconstruction is exact and whose latents are 4 x 4 x 4 means."""
-
-    def reconstruct(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        mu = nn.functional.avg_pool3d(x, 4)
-        return x, mu, mu * 0 + 0.5
-
-
-def test_windows_of_the_latents_fit_whatever_the_overlap() -> None:
-    volume = torch.rand(1, 1, 60, 44, 52)
-    for window, overlap in (([24, 24, 24], 0.25), ([20, 16, 28], 0.6), ([16, 16, 16], 0.9)):
-        _, mu, _ = VolumeInferer(window, overlap=overlap)(volume, _Pooled().reconstruct)
-        assert torch.allclose(mu, nn.functional.avg_pool3d(volume, 4), atol=1e-5)
-
-
-@pytest.mark.parametrize("size", [(16, 16, 16), (40, 37, 18), (9, 50, 33)])
-@pytest.mark.parametrize("overlap", [0.0, 0.25])
-def test_windows_give_back_the_volume_whatever_its_size(size: tuple[int, int, int], overlap: float) -> None:
-    volume = torch.rand(1, 1, *size)
-    reconstruction, mu, sigma = VolumeInferer([16, 16, 16], overlap=overlap)(volume, _Pooled().reconstruct)
-    assert torch.allclose(reconstruction, volume, atol=1e-6)
-    padded = [-(-n // 4) for n in size]
-    assert list(mu.shape[2:]) == padded and torch.allclose(sigma, torch.tensor(0.5))
-    inside = [n // 4 for n in size]
-    if list(size) == [4 * n for n in inside]:
-        assert torch.allclose(mu, nn.functional.avg_pool3d(volume, 4), atol=1e-6)
-
-
-def test_no_window_takes_the_volume_in_one_piece() -> None:
-    seen = []
-
-    def network(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        seen.append(tuple(x.shape[2:]))
-        return _Pooled().reconstruct(x)
-
-    VolumeInferer(None)(torch.rand(1, 1, 30, 21, 12), network)
-    assert seen == [(32, 24, 12)]
-
-
-def test_latent_health_equals_numpy() -> None:
-    rng = np.random.default_rng(0)
-    parts = [(rng.normal(1, 2, (1, 3, 4, 5, n)), rng.uniform(0.1, 0.4, (1, 3, 4, 5, n))) for n in (6, 9)]
-    health = LatentHealth()
-    for mu, sigma in parts:
-        health.update(torch.from_numpy(mu), torch.from_numpy(sigma))
-    mu, sigma = (np.concatenate(p, axis=-1) for p in zip(*parts, strict=True))
-    got = health.compute()
-    assert got["scale_factor"] == pytest.approx(1 / mu.std())
-    assert got["latent_std_1"] == pytest.approx(mu[:, 1].std())
-    assert got["posterior_noise_share"] == pytest.approx((sigma**2).mean() / ((sigma**2).mean() + mu.var()))
-
-
-def test_reconstruction_metrics_are_those_of_the_definitions() -> None:
-    rng = np.random.default_rng(1)
-    x, y = (rng.random((1, 1, 20, 24, 28)).astype(np.float32) for _ in range(2))
-    got = reconstruction_metrics(torch.from_numpy(x), torch.from_numpy(y), 2000.0)
-    assert got["psnr"] == pytest.approx(10 * math.log10(1 / ((x - y) ** 2).mean()), abs=1e-4)
-    assert got["mae_hu"] == pytest.approx(2000 * np.abs(x - y).mean(), rel=1e-5)
-    same = reconstruction_metrics(torch.from_numpy(y), torch.from_numpy(y), 2000.0)
-    assert same["ssim"] == pytest.approx(1) and same["psnr"] > 100 and same["mae_hu"] == 0
-    assert abs(got["ssim"]) < 0.1
-    thin = torch.rand(1, 1, 30, 30, 6)
-    assert reconstruction_metrics(thin, thin, 1.0)["ssim"] == pytest.approx(1)
 
 
 def make_evaluator(items: list[dict], network: FastAutoencoderKlMaisi, **options: Any) -> VaeEvaluator:
@@ -99,7 +33,7 @@ def make_evaluator(items: list[dict], network: FastAutoencoderKlMaisi, **options
 
 def item(size: int, error: str = "") -> dict[str, Any]:
     image = torch.rand(1, 20, 24, size) if not error else torch.full((1, 4, 4, 4), torch.nan)
-    return {"image": image, "range": 2000.0, "error": error}
+    return {"image": image, "range": 2000.0, "clip": True, "error": error}
 
 
 def test_evaluation_is_deterministic_and_averages_volumes() -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from scripts.autoencoder import save_weights, write_tensors
+from scripts.weights import save_weights, write_tensors
 from tests.test_autoencoder import stock_network
 from tests.test_checkpointing import same
 from tests.test_configs import TINY, TRAIN, folders, scalars
@@ -128,7 +128,7 @@ def test_a_signal_ends_the_step_and_the_same_command_goes_on(
 
 SAVER = """
 import sys, torch
-from scripts.autoencoder import save_weights, write_tensors
+from scripts.weights import save_weights, write_tensors
 network, folder = torch.nn.Linear(700, 700), sys.argv[1]
 print("ready", flush=True)
 while True:

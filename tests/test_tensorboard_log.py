@@ -7,10 +7,10 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from scripts.autoencoder import write_tensors
 from scripts.errors import UserError
 from scripts.pictures import save_comparison
 from scripts.tensorboard_log import TensorBoardLog
+from scripts.weights import write_tensors
 
 
 def log_steps(log: TensorBoardLog, *steps: int) -> None:
@@ -64,7 +64,7 @@ def test_a_full_disk_is_named(small_disk: Path) -> None:
         for start in range(0, 20000, 500):
             log_steps(log, *range(start, start + 500))
             log.state_dict()
-    with pytest.raises(UserError, match=r"a\.png: cannot be written \(No space left on device\); free space or change"):
+    with pytest.raises(UserError, match=r"a\.png: cannot be written \(No space left on device\); free space or choose"):
         save_comparison(*[np.random.default_rng(0).random((20, 24, 28))] * 2, (1, 1, 2), small_disk / "a.png", "test")
     with pytest.raises(UserError, match=r"w\.pt: cannot be written .*; free space or choose another model_dir"):
         write_tensors({"weights": torch.zeros(1 << 19)}, small_disk / "w.pt")

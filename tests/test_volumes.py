@@ -29,15 +29,15 @@ def test_ct_is_windowed_as_monai_does(phantoms: list[Path], tmp_path: Path) -> N
     data, _ = read_nifti(phantoms[1])
     volume = Volume(convert(phantoms[1], tmp_path))
     expected = ScaleIntensityRange(-1000, 1000, 0, 1, clip=True)(data.astype(np.float32))
-    assert np.array_equal(volume.normalise(data).numpy(), np.asarray(expected))
+    assert np.array_equal(volume.intensity.normalise(data).numpy(), np.asarray(expected))
 
 
 def test_mri_is_scaled_by_percentiles_without_clipping(tmp_path: Path) -> None:
     data = np.random.default_rng(0).gamma(2.0, 100.0, (20, 24, 18)).astype(np.float32)
     volume = Volume(convert(save_nifti(tmp_path / "m.nii.gz", data), tmp_path, "mri"), "mri")
     expected = ScaleIntensityRangePercentiles(0.0, 99.5, 0, 1, clip=False)(data[None])[0]
-    assert np.allclose(volume.normalise(read_nifti(tmp_path / "m.nii.gz")[0]), expected, atol=1e-4)
-    assert volume.normalise(data).max() > 1
+    assert np.allclose(volume.intensity.normalise(read_nifti(tmp_path / "m.nii.gz")[0]), expected, atol=1e-4)
+    assert volume.intensity.normalise(data).max() > 1
 
 
 def test_conversion_is_found_again_until_something_changes(phantoms: list[Path], tmp_path: Path) -> None:

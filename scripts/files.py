@@ -1,0 +1,42 @@
+"""Files that are there whole or not at all."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from scripts.errors import UserError
+
+
+@contextmanager
+def whole(path: str | Path, remedy: str = "free space or choose another output_dir") -> Iterator[Path]:
+    """A path to write to, which becomes `path` once that is done; its folder is made.
+
+    Raises:
+        UserError: naming the file and `remedy`, where it cannot be written; what was there stays.
+    """
+    path = Path(path)
+    part = path.with_name(f".part-{path.name}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield part
+        part.replace(path)
+    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError where the disk is full
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path}: cannot be written ({reason}); {remedy}") from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text file, whole."""
+    with whole(path) as part:
+        part.write_text(text, encoding="utf-8")
+
+
+def write_json(path: str | Path, content: Any) -> None:
+    """Write a JSON file, whole; what is not finite is refused, since JSON has no name for it."""
+    write_text(path, json.dumps(content, indent=4, ensure_ascii=False, allow_nan=False) + "\n")

@@ -1,0 +1,133 @@
+"""The autoencoder as one function of one tensor, in operations that TorchScript and ONNX know."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from monai.apps.generation.maisi.networks.autoencoderkl_maisi import (
+    AutoencoderKlMaisi,
+    MaisiConvolution,
+    MaisiDownsample,
+    MaisiGroupNorm3D,
+    MaisiResBlock,
+    MaisiUpsample,
+)
+from torch import nn
+
+
+class _Convolution(nn.Module):
+    def __init__(self, block: MaisiConvolution) -> None:
+        super().__init__()
+        self.conv = block.conv
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv(x)
+
+
+class _ResBlock(nn.Module):
+    def __init__(self, block: MaisiResBlock) -> None:
+        super().__init__()
+        self.norm1, self.conv1 = block.norm1, block.conv1
+        self.norm2, self.conv2 = block.norm2, block.conv2
+        self.nin_shortcut = block.nin_shortcut
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.conv1(F.silu(self.norm1(x), inplace=True))
+        h = self.conv2(F.silu(self.norm2(h), inplace=True))
+        return self.nin_shortcut(x) + h
+
+
+class _Downsample(nn.Module):
+    def __init__(self, block: MaisiDownsample) -> None:
+        super().__init__()
+        self.pad, self.conv = block.pad, block.conv
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv(F.pad(x, self.pad))
+
+
+class _Upsample(nn.Module):
+    def __init__(self, block: MaisiUpsample) -> None:
+        super().__init__()
+        self.conv, self.scale = block.conv, 1.0 if block.use_convtranspose else 2.0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.scale != 1.0:
+            x = F.interpolate(x, scale_factor=self.scale, mode="trilinear")
+        return self.conv(x)
+
+
+class _Stack(nn.Module):
+    def __init__(self, blocks: nn.ModuleList) -> None:
+        super().__init__()
+        self.blocks = blocks
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+_REPLACEMENTS: dict[type[nn.Module], Callable[..., nn.Module]] = {
+    MaisiConvolution: _Convolution,
+    MaisiResBlock: _ResBlock,
+    MaisiDownsample: _Downsample,
+    MaisiUpsample: _Upsample,
+}
+
+
+def _plain(module: nn.Module) -> nn.Module:
+    """What computes the same with the same parameters and names, but as one operation after the other."""
+    for name, child in module.named_children():
+        setattr(module, name, _plain(child))
+    if isinstance(module, MaisiGroupNorm3D):
+        norm = nn.GroupNorm(module.num_groups, module.num_channels, module.eps, module.affine)
+        norm.weight, norm.bias = module.weight, module.bias
+        return norm
+    replacement = _REPLACEMENTS.get(type(module))
+    return module if replacement is None else replacement(module)
+
+
+class Reconstructor(nn.Module):
+    """The networks of an `AutoencoderKlMaisi`, taken over with their parameters and names, without what training needs.
+
+    Args:
+        network: MONAI's network; its modules are used up.
+
+    Attributes:
+        factor: image voxels along an axis for one latent voxel; sizes must be multiples of it.
+        latent_channels: C of the latents.
+    """
+
+    def __init__(self, network: AutoencoderKlMaisi) -> None:
+        super().__init__()
+        self.factor: int = 2 ** sum(isinstance(m, MaisiDownsample) for m in network.encoder.modules())
+        self.latent_channels: int = network.latent_channels
+        self.encoder, self.decoder = (_Stack(_plain(m.blocks)) for m in (network.encoder, network.decoder))  # type: ignore[arg-type]
+        self.quant_conv_mu, self.quant_conv_log_sigma, self.post_quant_conv = map(
+            _plain, (network.quant_conv_mu, network.quant_conv_log_sigma, network.post_quant_conv)
+        )
+
+    @torch.jit.export
+    def encode(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Posterior mean and standard deviation (B, C, X/4, Y/4, Z/4) of images (B, 1, X, Y, Z) in [0, 1]."""
+        h = self.encoder(x)
+        log_variance = self.quant_conv_log_sigma(h).float().clamp(-30.0, 20.0)
+        return self.quant_conv_mu(h), torch.exp(log_variance / 2)
+
+    @torch.jit.export
+    def decode(self, z: torch.Tensor) -> torch.Tensor:
+        """Images (B, 1, X, Y, Z) of latents (B, C, X/4, Y/4, Z/4)."""
+        return self.decoder(self.post_quant_conv(z))
+
+    @torch.jit.export
+    def reconstruct(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Reconstruction from the posterior mean, posterior mean and standard deviation."""
+        mu, sigma = self.encode(x)
+        return self.decode(mu), mu, sigma
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The reconstruction (B, 1, X, Y, Z) from the posterior mean: deterministic."""
+        return self.decode(self.encode(x)[0])
