@@ -19,10 +19,11 @@ $(VENV)/development: requirements-dev.txt $(VENV)/runtime
 
 setup: $(VENV)/development ## make .venv with runtime and development requirements
 
-demo: $(VENV)/runtime ## synthetic CT, datalist, training, a table and a picture; minutes on two CPU cores
+demo: $(VENV)/runtime ## synthetic CT, datalist, training, evaluation; minutes on two CPU cores
 	$(RUN) -m scripts.phantom write --output_dir demo/data/phantoms --count 48
 	$(RUN) -m scripts.datalist build --data_dir demo/data/phantoms --val_fraction 0.06 --test_fraction 0.1 --output demo/data/datalist_ct.json
 	$(RUN) -W ignore -m monai.bundle run --config_file "['configs/train.json','configs/demo.json']"
+	$(RUN) -W ignore -m monai.bundle run --config_file "['configs/evaluate.json','configs/demo.json']" --output_dir demo/outputs/evaluation
 
 test: $(VENV)/development ## the test suite
 	$(RUN) -m pytest
@@ -35,9 +36,10 @@ lint: $(VENV)/development ## ruff and mypy
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 
-bench: $(VENV)/development ## patches and steps against stock MONAI, on this machine
+bench: $(VENV)/development ## patches and steps against stock MONAI, on this machine; windows, with the demo's weights
 	$(RUN) -W ignore -m tests.benchmarks.data
 	$(RUN) -W ignore -m tests.benchmarks.step
+	test ! -e demo/models/autoencoder.pt || $(RUN) -W ignore -m tests.benchmarks.windows
 
 clean: ## remove the environment, caches and what the demo made
 	rm -rf $(VENV) demo .pytest_cache .mypy_cache .ruff_cache

@@ -37,7 +37,7 @@ class VolumeEvaluator(Evaluator):
         val_data_loader: gives the items of `Volumes`, not collated.
         network: what windows go through, on `device`.
         inferer: cuts volumes into windows.
-        amp: compute in `amp_dtype`. Its bfloat16 rounds reconstructions to some 4 HU, so the default is float32.
+        amp: compute in `amp_dtype`. Its bfloat16 moved a reconstruction by 4 HU on average, so the default is float32.
         engine_kwargs: for `monai.engines.Evaluator`: `val_handlers`, ...
     """
 

@@ -51,8 +51,8 @@ def comparison_planes(
     scale = height / max(extent[1], extent[2])
     sizes = [[max(int(round(extent[i] * scale)), 1) for i in plane] for plane in ((0, 1), (0, 2), (1, 2))]
 
-    def strip(volume: np.ndarray, colour: Callable[[np.ndarray], np.ndarray]) -> str:
-        planes = [Image.fromarray(colour(p)) for p in reversed(_planes(volume))]
+    def strip(found: Sequence[np.ndarray], colour: Callable[[np.ndarray], np.ndarray]) -> str:
+        planes = [Image.fromarray(colour(p)) for p in reversed(found)]
         gap = max(height // 48, 2)
         canvas = Image.new(planes[0].mode, (sum(w for w, _ in sizes) + 2 * gap, height))
         left = 0
@@ -69,9 +69,10 @@ def comparison_planes(
     def diverging(plane: np.ndarray) -> np.ndarray:
         return colormaps["berlin"](0.5 + plane / 600, bytes=True)[..., :3]
 
-    error = (reconstruction - original) * intensity_range
-    pictures = (("original", original, gray), ("reconstruction", reconstruction, gray), ("error", error, diverging))
-    return {name: strip(volume, colour) for name, volume, colour in pictures}
+    ours, theirs = _planes(reconstruction), _planes(original)
+    error = [(a - b) * intensity_range for a, b in zip(ours, theirs, strict=True)]
+    pictures = (("original", theirs, gray), ("reconstruction", ours, gray), ("error", error, diverging))
+    return {name: strip(planes, colour) for name, planes, colour in pictures}
 
 
 def save_comparison(
@@ -92,7 +93,8 @@ def save_comparison(
         title: above the picture.
         intensity_range: what 1.0 is in HU.
     """
-    volumes = (original, reconstruction, (reconstruction - original) * intensity_range)
+    ours, theirs = _planes(reconstruction), _planes(original)
+    columns = (theirs, ours, [(a - b) * intensity_range for a, b in zip(ours, theirs, strict=True)])
     scales: Sequence[dict[str, Any]] = (
         {"cmap": "gray", "vmin": 0.0, "vmax": 0.7},
         {"cmap": "gray", "vmin": 0.0, "vmax": 0.7},
@@ -103,8 +105,8 @@ def save_comparison(
     FigureCanvasAgg(figure)
     axes = figure.subplots(3, 3)
     names = ("original", "reconstruction", "error (HU)")
-    for column, (volume, scale, name) in enumerate(zip(volumes, scales, names, strict=True)):
-        for row, (plane, label) in enumerate(zip(_planes(volume), ("sagittal", "coronal", "axial"), strict=True)):
+    for column, (planes, scale, name) in enumerate(zip(columns, scales, names, strict=True)):
+        for row, (plane, label) in enumerate(zip(planes, ("sagittal", "coronal", "axial"), strict=True)):
             picture = axes[row, column].imshow(plane, aspect=aspects[row], **scale)
             axes[row, column].set(xticks=[], yticks=[])
             if column == 0:

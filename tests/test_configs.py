@@ -19,10 +19,12 @@ from monai.bundle import ConfigParser, ConfigWorkflow
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from scripts.errors import last_line
+from scripts.preflight import check_command_line
 from tests.conftest import NETWORK, REAL_CT, SMALL, save_nifti
 from tests.test_autoencoder import Attack
 
 TRAIN, DEMO = Path("configs/train.json"), Path("configs/demo.json")
+CONFIGS = [TRAIN, *(Path(f"configs/{name}.json") for name in ("inference", "encode", "evaluate"))]
 TINY: dict[str, Any] = {
     **SMALL,
     "discriminator_def#channels": 8,
@@ -68,20 +70,42 @@ def strings(node: Any) -> list[str]:
     return [node] if isinstance(node, str) else []
 
 
-def test_no_dead_key_and_no_unused_import() -> None:
-    config = json.loads(TRAIN.read_text())
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_no_dead_key_and_no_unused_import(path: Path) -> None:
+    config = json.loads(path.read_text())
     texts = [t for key, value in config.items() if key != "imports" for t in strings(value)]
-    referred = {name for text in texts for name in re.findall(r"@(\w+)", text)}
-    entry = {"_desc_", "imports", "initialize", "run"}
-    assert set(config) - entry == referred & set(config)
+    referred = {name for text in texts for name in re.findall(r"@(\w+)", text)} - {"_meta_"}
+    entry = {"_desc_", "imports", "initialize", "run", "finalize"}
+    assert set(config) - entry == referred
     unread = {"cache"}  # accepted because the guide's files have it
-    groups = {g: set(config[g]) for g in ("data_option", "autoencoder_train")}
+    groups = {g: set(config[g]) for g in ("data_option", "autoencoder_train") if g in config}
     for group, knobs in groups.items():
         used = {name for text in texts for name in re.findall(rf"@{group}#(\w+)", text)}
         assert knobs - used <= unread
     for line in config["imports"]:
         name = line.split()[-1]
         assert any(re.search(rf"\$.*\b{name}\.", t) for t in texts), name
+
+
+def test_what_configs_share_is_the_same() -> None:
+    configs = [json.loads(path.read_text()) for path in CONFIGS]
+    for key in ("spatial_dims", "image_channels", "latent_channels", "autoencoder_def", "dataset_dir", "model_dir"):
+        assert all(config[key] == configs[0][key] for config in configs), key
+    for key in (
+        set(configs[1]) & set(configs[2]) & set(configs[3]) - {"_desc_", "output_dir", "splits", "evaluator", "dataset"}
+    ):
+        assert configs[1][key] == configs[2][key] == configs[3][key], key
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_the_guides_files_and_the_demo_are_layers_of_all(path: Path, datalist: Path, tmp_path: Path) -> None:
+    layers = [str(path), str(DEMO), *write_guide_files(tmp_path, datalist)[1:]]
+    argv = ["monai/bundle/__main__.py", "run", "--config_file", str(layers), "--output_dir", "out"]
+    check_command_line(argv)
+    parser = ConfigParser()
+    parser.read_config(layers)
+    assert parser["model_dir"] == str(tmp_path / "my models")
+    assert parser.get_parsed_content("autoencoder_def").encoder.blocks[0].conv.conv.out_channels == 16
 
 
 def test_expressions_are_short_calls() -> None:
@@ -94,7 +118,7 @@ def test_expressions_are_short_calls() -> None:
 def test_layers_override_only_what_exists() -> None:
     base = ConfigParser(json.loads(TRAIN.read_text()))
     for key in json.loads(DEMO.read_text()):
-        assert key == "_desc_" or key in base, key
+        assert key == "_desc_" or key.lstrip("+") in base, key
 
 
 def test_metadata_matches_the_requirements() -> None:

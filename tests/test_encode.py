@@ -16,6 +16,7 @@ import torch
 from monai.transforms import Compose, EnsureChannelFirstd, LoadImaged, Resize
 
 from scripts.encode import resized
+from scripts.errors import last_line
 from scripts.inputs import Volumes
 from tests.conftest import SMALL, oriented_affine, run, save_nifti
 from tests.test_distributed import words
@@ -37,6 +38,9 @@ def test_decoding_a_latent_file_gives_the_reconstruction(
     data = np.random.default_rng(0).normal(0, 400, (30, 41, 24)).astype(np.int16)
     save_nifti(source, data, oriented_affine("PIR", (3.0, 1.0, 2.0)))
     started = run("encode", dataset_dir=str(source), save_sigma=True, **options)
+    with pytest.raises(Exception) as caught:  # noqa: B017, PT011 (MONAI wraps it)
+        run("encode", dataset_dir=str(source), save_sigma=True, resize_multiple=16, **options)
+    assert "emb: holds results of other settings (resize_multiple was None, now it is 16)" in last_line(caught.value)
     assert started.check_properties() == []
     run("inference", **options | {"dataset_dir": str(source), "output_dir": str(tmp_path / "recon")})
     path = tmp_path / "emb" / "v_emb.nii.gz"

@@ -85,7 +85,7 @@ def test_known_overrides_pass(words: list[str]) -> None:
             ["--autoencoder_train#n_epoch=2"],
             "--autoencoder_train#n_epoch: .* did you mean --autoencoder_train#n_epochs",
         ),
-        (["--quux", "1"], "--quux: no such key .*; configs/train.json lists the keys"),
+        (["--quux", "1"], "--quux: no such key .*; the config file lists the keys"),
     ],
 )
 def test_misspelt_overrides_are_refused(words: list[str], message: str) -> None:
