@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import nibabel as nib
@@ -10,6 +11,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from scripts.errors import UserError
 from scripts.files import write_json
 from scripts.inference import VolumeEvaluator
 from scripts.metrics import LatentHealth
@@ -40,6 +42,8 @@ class Encoding(VolumeEvaluator):
         self, *, output: Output, save_sigma: bool = False, resize_multiple: int | None = None, **kwargs: Any
     ) -> None:
         super().__init__(**kwargs)
+        if resize_multiple is not None and (not isinstance(resize_multiple, int) or resize_multiple < 1):
+            raise UserError(f"resize_multiple is {resize_multiple!r}; use a positive integer, e.g. 128")
         self.output, self.save_sigma, self.resize_multiple = output, save_sigma, resize_multiple
 
     def process(self, volume: dict[str, Any]) -> None:
@@ -55,32 +59,41 @@ class Encoding(VolumeEvaluator):
             "spacing": volume["spacing"],
             "modality": volume["class"],
             "source": volume["image"],
+            "name": volume["name"],
+            "split": volume["split"],
             "content": "posterior mean",
             **self.output.facts,
             "latent_sums": latents.sums(),
         }
         if self.save_sigma:
-            save_nifti(_image(sigma, volume["affine"]), path.with_name(path.name.replace("_emb.nii", "_emb_sigma.nii")))
+            save_nifti(_image(sigma, volume["affine"]), self.output.folder / f"{volume['name']}_emb_sigma.nii.gz")
         write_json(self.output.sidecar(volume["name"]), facts)
         save_nifti(_image(mu, volume["affine"]), path)  # last: it says that all is there
 
     def conclude(self, gathered: None) -> None:
         """The statistics and the datalist of all latents that are there, also those of earlier runs."""
-        entries = [e for e in self.data_loader.dataset.data if self.output.path(e["name"]).is_file()]  # type: ignore[union-attr]
-        if not entries:
+        sidecars = sorted(self.output.folder.rglob(f"*{self.output.ending}.nii.gz.json"))
+        facts = [fact for fact in map(_read, sidecars) if self.output.done(fact["name"])]
+        if not facts:
             return
-        facts = [json.loads(self.output.sidecar(e["name"]).read_text(encoding="utf-8")) for e in entries]
         latents = LatentHealth.merged([LatentHealth.from_sums(fact["latent_sums"]) for fact in facts])
         statistics = latents.statistics()
-        for entry, fact in zip(entries, facts, strict=True):
-            if fact.get("scale_factor") != statistics["scale_factor"]:
-                write_json(self.output.sidecar(entry["name"]), fact | {"scale_factor": statistics["scale_factor"]})
-        write_json(self.output.folder / STATISTICS, {**statistics, "volumes": len(entries), **self.output.facts})
         datalist: dict[str, list[dict[str, str]]] = {"training": []}
-        for entry in entries:
-            item = {"image": f"{entry['name']}.nii.gz", "modality": entry["class"]}
-            datalist.setdefault(entry["split"], []).append(item)
+        for fact in facts:
+            if fact.get("scale_factor") != statistics["scale_factor"]:
+                write_json(self.output.sidecar(fact["name"]), fact | {"scale_factor": statistics["scale_factor"]})
+            item = {"image": f"{fact['name']}.nii.gz", "modality": fact["modality"]}
+            datalist.setdefault(fact["split"], []).append(item)
+        write_json(self.output.folder / STATISTICS, {**statistics, "volumes": len(facts), **self.output.facts})
         write_json(self.output.folder / DATALIST, datalist)
+
+
+def _read(sidecar: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(sidecar.read_text(encoding="utf-8"))
+        return content if content["latent_sums"] and content["name"] and content["split"] else {}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{sidecar}: is damaged; remove it and its latent, and encode that volume again") from error
 
 
 def _image(latent: torch.Tensor, affine: np.ndarray) -> nib.Nifti1Image:

@@ -34,7 +34,7 @@ def whole(path: str | Path, remedy: str = "free space or choose another output_d
 def write_text(path: str | Path, text: str) -> None:
     """Write a text file, whole."""
     with whole(path) as part:
-        part.write_text(text, encoding="utf-8")
+        part.write_text(text, encoding="utf-8", errors="surrogateescape")  # as file names may have it
 
 
 def write_json(path: str | Path, content: Any) -> None:

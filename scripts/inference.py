@@ -12,10 +12,10 @@ import torch
 from ignite.engine import Events
 from monai.engines import Evaluator
 from torch import nn
-from torch.utils.data import DataLoader
 
 from scripts.errors import UserError
 from scripts.handlers import progress_bar
+from scripts.inputs import VolumeLoader
 from scripts.memory import explained
 from scripts.nifti import write_like
 from scripts.outputs import Output
@@ -27,14 +27,18 @@ logger = logging.getLogger(__name__)
 KNOBS = "lower val_sliding_window_patch_size (memory goes with its voxels)"
 
 
+class NotFiniteError(ValueError):
+    """A network's output that is not a number."""
+
+
 class VolumeEvaluator(Evaluator):
     """Takes `Volumes` through a network, each rank its share; what is done with each is for subclasses to say.
 
-    A volume that cannot be read is named and passed over; at the end of the run they are an error.
+    A volume that cannot be processed is named and passed over; at the end of the run they are an error.
 
     Args:
         device: where windows are computed.
-        val_data_loader: gives the items of `Volumes`, not collated.
+        val_data_loader: gives the items of `Volumes`, those of this rank.
         network: what windows go through, on `device`.
         inferer: cuts volumes into windows.
         amp: compute in `amp_dtype`. Its bfloat16 moved a reconstruction by 4 HU on average, so the default is float32.
@@ -48,7 +52,7 @@ class VolumeEvaluator(Evaluator):
         self,
         *,
         device: torch.device | str,
-        val_data_loader: DataLoader,
+        val_data_loader: VolumeLoader,
         network: nn.Module,
         inferer: VolumeInferer,
         amp: bool = False,
@@ -85,7 +89,10 @@ class VolumeEvaluator(Evaluator):
         place = f"{self.state.iteration}/{self.state.epoch_length} {volume['name']}"
         bar = progress_bar(self.inferer.count(voxels.shape[2:]), place, "window")
         with bar:
-            yield from self.inferer.slabs(voxels, compute, volume["intensity"].normalise_tensor, bar.update)
+            for x, parts in self.inferer.slabs(voxels, compute, volume["intensity"].normalise_tensor, bar.update):
+                if not all(part.isfinite().all() for part in parts):
+                    raise NotFiniteError("what the network makes of it is not finite (NaN or infinite)")
+                yield x, parts
 
     def run(self, global_epoch: int = 1) -> None:  # type: ignore[override]
         """Process all volumes.
@@ -94,48 +101,57 @@ class VolumeEvaluator(Evaluator):
             UserError: at the end, where volumes could not be processed, naming the first.
         """
         self.failed: list[str] = []
-        self.skipped, self.did = 0, 0
+        self.did = 0
         self.start()
         if len(self.data_loader) > 0:  # type: ignore[arg-type]  # else there are more ranks than volumes
             super().run(global_epoch)
-        shares: Any = idist.all_gather((self.failed, self.skipped, self.did))
+        assert self.did + len(self.failed) == len(self.data_loader)  # type: ignore[arg-type]
+        shares: Any = idist.all_gather((self.failed, self.did))
         self.failed = [error for share in shares for error in share[0]]
-        self.skipped, self.did = (sum(share[i] for share in shares) for i in (1, 2))
+        self.did = sum(share[1] for share in shares)
+        skipped: int = self.data_loader.done  # type: ignore[union-attr]
         gathered = self.gather()
         if idist.get_rank() == 0:
-            there = f", {self.skipped} were there already" if self.skipped else ""
+            there = f", {skipped} were there already" if skipped else ""
             logger.info("%d volumes %s%s, %d failed", self.did, self.participle, there, len(self.failed))
             self.conclude(gathered)
         idist.barrier()
         if self.failed:
-            total = len(self.failed) + self.skipped + self.did
+            total = len(self.failed) + self.did + skipped
             raise UserError(f"{len(self.failed)} of {total} volumes could not be {self.participle}: {self.failed[0]}")
 
     def _iteration(self, engine: Any, volume: dict[str, Any]) -> None:  # type: ignore[override]
-        if volume.get("done"):
-            self.skipped += 1
-            return
         if "error" in volume:
-            logger.error("passed over: %s", volume["error"])
-            self.failed.append(volume["error"])
+            self._fail(volume["error"])
             return
         started = time.perf_counter()
         try:
             with torch.inference_mode(), self.mode(self.network):
                 self.process(volume)
-        except RuntimeError as error:
-            what = f"windows of {self.inferer.window(volume['voxels'].shape[2:])} voxels, {volume['image']}"
-            raise explained(error, self.state.device, what, KNOBS) from error
-        self.did += 1
-        seconds = time.perf_counter() - started
-        logger.info("%s %s in %.1f s", volume["image"], self.participle, seconds)
+        except NotFiniteError as error:
+            self._fail(f"{volume['image']}: {error}")
+        except (RuntimeError, MemoryError) as error:
+            what = f"windows of {self.inferer.window(volume['voxels'].shape[2:])} voxels"
+            told = explained(error, self.state.device, what, KNOBS) if isinstance(error, RuntimeError) else error
+            if told is error:
+                logger.exception("%s could not be %s", volume["image"], self.participle)
+            self._fail(f"{volume['image']}: {told or 'out of memory'}")
+        else:
+            self.did += 1
+            logger.info("%s %s in %.1f s", volume["image"], self.participle, time.perf_counter() - started)
+
+    def _fail(self, error: str) -> None:
+        logger.error("passed over: %s", error)
+        self.failed.append(error)
 
     def _forget(self, engine: Any) -> None:
         engine.state.batch = engine.state.output = None  # a whole volume, not to be held while the next one is read
 
 
 class Reconstruction(VolumeEvaluator):
-    """Writes the reconstruction of each volume: HU as int16, in the shape, affine, orientation and header of its file.
+    """Writes the reconstruction of each volume in the shape, affine, orientation and header of its file.
+
+    CT is HU as int16, within -1000..1000; MRI int16 where its values are whole numbers, else float32.
 
     Args:
         output: where to.
@@ -147,9 +163,6 @@ class Reconstruction(VolumeEvaluator):
     def __init__(self, *, output: Output, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.output = output
-
-    def start(self) -> None:
-        """Forget the results of an earlier run."""
 
     def process(self, volume: dict[str, Any]) -> None:
         voxels, intensity = volume["voxels"], volume["intensity"]

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import ignite.distributed as idist
 import nibabel as nib
 import numpy as np
 import torch
@@ -18,13 +20,12 @@ from scripts.datalist import CLASSES, SPLITS
 from scripts.errors import UserError
 from scripts.intensity import Intensity
 from scripts.nifti import check_values, read_nifti
-from scripts.outputs import Output
+from scripts.outputs import ENDINGS, RECORD, Output
 from scripts.volumes import explain
 
 logger = logging.getLogger(__name__)
 
 DATALIST = "datalist_ct.json"
-OURS = ("_recon", "_emb", "_emb_sigma")  # endings of what this bundle writes beside its input
 
 
 def find(
@@ -32,6 +33,7 @@ def find(
     json_data_list: str | Sequence[str] | None = None,
     splits: Sequence[str] = SPLITS,
     modality: str = "ct",
+    output_dir: str | None = None,
 ) -> list[dict[str, str]]:
     """The volumes to work on.
 
@@ -41,24 +43,27 @@ def find(
         json_data_list: a datalist, instead; relative paths in it are those under `dataset_dir`.
         splits: which lists of a datalist are taken.
         modality: `class` of files that no datalist describes.
+        output_dir: of results; these are no input, if it lies in `dataset_dir`.
 
     Returns:
         entries with `image`, the path; `class`; `split`; and `name`, under which results are stored: the path without
         its ending, relative to `dataset_dir`, else to the datalist's folder, else to the deepest folder that holds
-        all volumes.
+        all volumes of the datalist.
 
     Raises:
         UserError: where there is no volume, or two would have results of the same name.
     """
-    unknown = [split for split in splits if split not in SPLITS]
-    if unknown or not splits:
-        raise UserError(f"splits is {list(splits)}; use some of {', '.join(SPLITS)}")
+    splits = [splits] if isinstance(splits, str) else list(splits)
+    if not splits or not set(splits) <= set(SPLITS):
+        raise UserError(f"splits is {splits}; use some of {', '.join(SPLITS)}")
     if modality not in CLASSES:
         raise UserError(f"modality is {modality!r}; use one of {', '.join(CLASSES)}")
-    root = Path(dataset_dir)
-    if not root.exists():
-        raise UserError(f"{root}: no such file or folder; correct dataset_dir")
-    listed = json_data_list if isinstance(json_data_list, (str, type(None))) else json_data_list[0]
+    root = _absolute(dataset_dir)
+    listed = json_data_list or None
+    if listed is not None and not isinstance(listed, str):
+        listed = listed[0]
+    if listed is None and not root.exists():
+        raise UserError(f"{dataset_dir}: no such file or folder; correct dataset_dir")
     if listed is None and root.suffix == ".json":
         listed, root = str(root), root.parent
     if listed is None and (root / DATALIST).is_file():
@@ -66,7 +71,8 @@ def find(
     if listed is not None:
         entries = _listed(Path(listed), root, splits)
     elif root.is_dir():
-        entries = [{"image": str(p), "name": _stem(p.relative_to(root))} for p in _search(root)]
+        files = _search(root, None if output_dir is None else _absolute(output_dir))
+        entries = [{"image": str(p), "name": _stem(p.relative_to(root))} for p in files]
     else:
         entries = [{"image": str(root), "name": _stem(Path(root.name))}]
     entries = [{"class": modality, "split": "training", **entry} for entry in entries]
@@ -81,27 +87,43 @@ def find(
     return entries
 
 
+def _absolute(path: str | Path) -> Path:
+    return Path(os.path.abspath(path))  # noqa: PTH100 (keeps links, but no "..")
+
+
 def _stem(path: Path) -> str:
     return path.as_posix().removesuffix(".gz").removesuffix(".nii")
 
 
-def _search(root: Path) -> list[Path]:
-    files = sorted(p for p in root.rglob("*.nii*") if p.name.endswith((".nii", ".nii.gz")) and p.name[0] != ".")
-    stems = {_stem(p) for p in files}
-    results = {f"{stem}{ending}" for stem in stems for ending in OURS}
-    return [p for p in files if p.is_file() and _stem(p) not in results]
+def _search(root: Path, output_dir: Path | None) -> list[Path]:
+    """NIfTI files beneath `root`, also through links, but for hidden ones and those of `output_dir`."""
+    files, known = [], set()
+    for folder, folders, names in os.walk(root, followlinks=True):
+        here, real = Path(folder), os.path.realpath(folder)
+        if real in known or (here == output_dir and here != root):
+            folders.clear()
+            continue
+        known.add(real)
+        folders[:] = sorted(f for f in folders if f[0] != ".")
+        files += [here / name for name in sorted(names) if name.endswith((".nii", ".nii.gz")) and name[0] != "."]
+    if output_dir == root and list(root.glob(RECORD.format("*"))):
+        results = {f"{_stem(p)}{ending}" for p in files for ending in ENDINGS}
+        if ours := [p for p in files if _stem(p) in results]:
+            logger.info("%s: %d files are results of earlier runs, and no input", root, len(ours))
+        files = [p for p in files if p not in set(ours)]
+    return files
 
 
 def _listed(path: Path, root: Path, splits: Sequence[str]) -> list[dict[str, str]]:
     content = datalists.load(path, root)
-    chosen = [entry | {"split": split} for split in splits for entry in content[split]]
-    unique = list({entry["image"]: entry for entry in chosen}.values())
-    if not unique:
+    images = {str(_absolute(e["image"])): e | {"split": s} for s in SPLITS for e in content[s]}
+    if not images:
         return []
-    images = [Path(os.path.abspath(entry["image"])) for entry in unique]  # noqa: PTH100 (keeps links)
-    folders = [root.absolute(), path.parent.absolute(), Path(os.path.commonpath([i.parent for i in images]))]
-    folder = next(f for f in folders if all(image.is_relative_to(f) for image in images))
-    return [e | {"name": _stem(i.relative_to(folder))} for e, i in zip(unique, images, strict=True)]
+    folders = [root, _absolute(path).parent, Path(os.path.commonpath([Path(i).parent for i in images]))]
+    folder = next(f for f in folders if all(Path(i).is_relative_to(f) for i in images))
+    entries = [e | {"image": i, "name": _stem(Path(i).relative_to(folder))} for i, e in images.items()]
+    chosen = {str(_absolute(e["image"])) for split in splits for e in content[split]}
+    return [entry for entry in entries if entry["image"] in chosen]
 
 
 class Volumes(Dataset):
@@ -109,12 +131,11 @@ class Volumes(Dataset):
 
     Args:
         data: entries of `find`.
-        output: where results go; what is there already is not read.
         select_channel: of 4D MRI volumes.
     """
 
-    def __init__(self, data: Sequence[dict[str, str]], output: Output | None = None, select_channel: int = 0) -> None:
-        self.data, self.output, self.select_channel = data, output, select_channel
+    def __init__(self, data: Sequence[dict[str, str]], select_channel: int = 0) -> None:
+        self.data, self.select_channel = data, select_channel
 
     def __len__(self) -> int:
         return len(self.data)
@@ -125,22 +146,48 @@ class Volumes(Dataset):
         Returns:
             the entry's `image` (path), `class` and `name`, and: `voxels`, (1, 1, X, Y, Z) int16 or float32 in RAS;
             `affine` (4 x 4, mm) and `spacing` (mm) of that array; `intensity`, an `Intensity`. Instead of these,
-            `done`, where the results are there, or `error`, why the volume cannot be read.
+            `error`, why the volume cannot be read.
         """
         entry = self.data[index]
-        if self.output is not None and self.output.done(entry["name"]):
-            return {**entry, "done": True}
         try:
             data, affine = read_nifti(entry["image"], entry["class"], self.select_channel)
             check_values(data, entry["image"], entry["class"])
             intensity = Intensity.of(data, entry["class"])
+            voxels = torch.from_numpy(np.ascontiguousarray(data))[None, None]
         except Exception as problem:  # whatever a broken file raises is the fault of this volume alone
             return {**entry, "error": explain(entry, problem)}
-        voxels = torch.from_numpy(np.ascontiguousarray(data))[None, None]
         spacing = nib.affines.voxel_sizes(affine).tolist()
         return {**entry, "voxels": voxels, "affine": affine, "spacing": spacing, "intensity": intensity}
 
 
-def as_it_is(item: Any) -> Any:
-    """For `DataLoader(batch_size=None)`: volumes differ in size, so there is nothing to collate."""
-    return item
+class VolumeLoader:
+    """The volumes of one rank that have no results yet; the next one is read while this one is in use.
+
+    Args:
+        dataset: of all volumes.
+        output: where results go; None takes every volume.
+        rank: of this process.
+        num_ranks: among which the volumes are shared.
+
+    Attributes:
+        done: how many of all volumes have results.
+    """
+
+    def __init__(self, dataset: Volumes, output: Output | None = None, rank: int = 0, num_ranks: int = 1) -> None:
+        self.dataset = dataset
+        missing = [i for i, e in enumerate(dataset.data) if output is None or not output.done(e["name"])]
+        shares: Any = idist.all_gather(tuple(missing))
+        missing = list(shares[0])  # as rank 0 sees it: another one may already be at work
+        self.done, self.indices = len(dataset) - len(missing), missing[rank::num_ranks]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        with ThreadPoolExecutor(1) as pool:
+            following = None
+            for index in (*self.indices, None):
+                current, following = following, None if index is None else pool.submit(self.dataset.__getitem__, index)
+                if current is not None:
+                    yield current.result()
+                    del current

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from scripts.errors import UserError
+
 CT_WINDOW = (-1000.0, 1000.0)  # HU, mapped to 0..1, as MAISI does
 MRI_PERCENTILES = (0.0, 99.5)
 
@@ -25,10 +27,16 @@ class Intensity:
 
     @classmethod
     def of(cls, data: np.ndarray, modality: str) -> Intensity:
-        """That of a whole volume: `CT_WINDOW` for "ct", its `MRI_PERCENTILES` for "mri"."""
+        """That of a whole volume: `CT_WINDOW` for "ct", its `MRI_PERCENTILES` for "mri".
+
+        Raises:
+            UserError: where these percentiles are the same.
+        """
         if modality == "ct":
             return cls(CT_WINDOW, clip=True)
         low, high = (float(p) for p in np.percentile(data, MRI_PERCENTILES))
+        if not low < high:
+            raise UserError(f"is constant (99.5 % of its voxels are {low:g}); remove it from the datalist")
         return cls((low, high), clip=False)
 
     @property

@@ -1,4 +1,4 @@
-"""Results in a folder: named after their volumes, written whole, found again, and never of two networks."""
+"""Results in a folder: named after their volumes, written whole, found again, and all made with the same settings."""
 
 from __future__ import annotations
 
@@ -13,19 +13,24 @@ from scripts.errors import UserError
 from scripts.files import write_json
 from scripts.weights import Weights
 
-RECORD = "made_with.json"
+RECORD = "made_with{}.json"
+ENDINGS = ("_recon", "_emb", "_emb_sigma")
 
 
 class Output:
-    """A folder of results.
+    """A folder of results, and the record of the weights and settings that they were made with.
+
+    What is older than the record counts as not done: so results of two networks do not mix, and an overwriting that
+    was interrupted goes on.
 
     Args:
         folder: its path.
-        suffix: what follows a volume's name, e.g. "_recon.nii.gz".
+        ending: what follows a volume's name, before `.nii.gz`: one of `ENDINGS`.
         weights: that the results come from.
         settings: that they depend on.
         bundle_version: recorded with them.
         overwrite: make results anew that are there already.
+        sidecars: whether a result is whole only with its JSON file.
 
     Raises:
         UserError: where the folder holds results of other weights or settings, which `overwrite` replaces.
@@ -34,39 +39,63 @@ class Output:
     def __init__(
         self,
         folder: str,
-        suffix: str,
+        ending: str,
         weights: Weights,
-        settings: Mapping[str, Any] | None = None,
+        settings: Mapping[str, Any],
         bundle_version: str = "",
         overwrite: bool = False,
+        sidecars: bool = False,
     ) -> None:
-        self.folder, self.suffix, self.overwrite = Path(folder), suffix, overwrite
+        self.folder, self.ending = Path(folder), ending
         self.facts = {**weights.facts(), "bundle_version": bundle_version}
-        record = self.folder / RECORD
-        if record.is_file() and not overwrite:
-            self._compare(json.loads(record.read_text(encoding="utf-8")), dict(settings or {}))
+        self.record = self.folder / RECORD.format(ending)
+        self.ours = self.record.is_file()
+        self.overwrite, self.sidecars = overwrite, sidecars
+        if self.ours and not overwrite:
+            self._compare(settings)
         idist.barrier()
-        if idist.get_rank() == 0:
-            write_json(record, self.facts | {"settings": settings or {}})
+        if idist.get_rank() == 0 and (overwrite or not self.ours):
+            write_json(self.record, self.facts | {"settings": settings})
+        idist.barrier()
 
-    def _compare(self, earlier: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+    def _compare(self, settings: Mapping[str, Any]) -> None:
         remedy = "give another output_dir, or --overwrite True to replace them"
-        if earlier["weights_sha256"] != self.facts["weights_sha256"]:
-            raise UserError(f"{self.folder}: holds results of other weights ({earlier['weights']}); {remedy}")
-        was = earlier["settings"]
-        for name in settings:
-            if was.get(name) != settings[name]:
-                change = f"{name} was {was.get(name)}, now it is {settings[name]}"
+        try:
+            earlier = json.loads(self.record.read_text(encoding="utf-8"))
+            weights, sha256, was = earlier["weights"], earlier["weights_sha256"], dict(earlier["settings"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{self.record}: is damaged, so it is not known what results are there; {remedy}"
+            ) from error
+        if sha256 != self.facts["weights_sha256"]:
+            raise UserError(f"{self.folder}: holds results of other weights ({weights}); {remedy}")
+        for name, value in settings.items():
+            if was.get(name) != value:
+                change = f"{name} was {was.get(name)}, now it is {value}"
                 raise UserError(f"{self.folder}: holds results of other settings ({change}); {remedy}")
 
     def path(self, name: str) -> Path:
         """Of the result of the volume `name`."""
-        return self.folder / f"{name}{self.suffix}"
-
-    def done(self, name: str) -> bool:
-        """Whether that result is there and is to stay."""
-        return not self.overwrite and self.path(name).is_file()
+        return self.folder / f"{name}{self.ending}.nii.gz"
 
     def sidecar(self, name: str) -> Path:
         """Of the JSON file beside that result."""
-        return self.folder / f"{name}{self.suffix}.json"
+        return self.folder / f"{name}{self.ending}.nii.gz.json"
+
+    def done(self, name: str) -> bool:
+        """Whether that result is there and was made with the present weights and settings.
+
+        Raises:
+            UserError: where a file of that name is there, but no earlier run of this has made it.
+        """
+        path = self.path(name)
+        if not path.is_file():
+            return False
+        if path.stat().st_mtime_ns >= self.record.stat().st_mtime_ns:
+            return not self.sidecars or self.sidecar(name).is_file()
+        if not self.ours and not self.overwrite:
+            raise UserError(
+                f"{path}: is there, but is no result of an earlier run; move it, give another output_dir, or "
+                "--overwrite True to replace it"
+            )
+        return False

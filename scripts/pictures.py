@@ -45,7 +45,7 @@ def comparison_planes(
 
     Returns:
         `original` and `reconstruction` (0 to 0.7, for CT -1000 to 400 HU, black to white), `error` (blue below, red
-        above, full at 300 HU).
+        above, full at 15 % of the range, 300 HU for CT).
     """
     extent = np.array(original.shape) * spacing
     scale = height / max(extent[1], extent[2])
@@ -67,7 +67,7 @@ def comparison_planes(
         return (np.clip(plane / 0.7, 0, 1) * 255).astype(np.uint8)
 
     def diverging(plane: np.ndarray) -> np.ndarray:
-        return colormaps["berlin"](0.5 + plane / 600, bytes=True)[..., :3]
+        return colormaps["berlin"](0.5 + plane / (0.3 * intensity_range), bytes=True)[..., :3]
 
     ours, theirs = _planes(reconstruction), _planes(original)
     error = [(a - b) * intensity_range for a, b in zip(ours, theirs, strict=True)]
@@ -98,7 +98,7 @@ def save_comparison(
     scales: Sequence[dict[str, Any]] = (
         {"cmap": "gray", "vmin": 0.0, "vmax": 0.7},
         {"cmap": "gray", "vmin": 0.0, "vmax": 0.7},
-        {"cmap": "RdBu_r", "vmin": -300, "vmax": 300},
+        {"cmap": "RdBu_r", "vmin": -0.15 * intensity_range, "vmax": 0.15 * intensity_range},
     )
     aspects = (spacing[2] / spacing[1], spacing[2] / spacing[0], spacing[1] / spacing[0])
     figure = Figure(figsize=(9, 9), layout="constrained")
@@ -113,6 +113,7 @@ def save_comparison(
                 axes[row, column].set_ylabel(label)
         axes[0, column].set_title(name)
     figure.colorbar(picture, ax=axes[:, 2], shrink=0.6)
-    figure.suptitle(f"{title}, window -1000..400 HU")
+    window = "-1000..400 HU" if intensity_range == 2000 else "0..70 % of the range"
+    figure.suptitle(f"{title}, window {window}", parse_math=False)
     with whole(path) as part:
         figure.savefig(part, dpi=100, format="png")

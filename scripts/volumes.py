@@ -65,9 +65,10 @@ def convert(source: str | Path, store_dir: str | Path, modality: str = "ct", sel
         return target
     data, affine = read_nifti(source, modality, select_channel)
     check_values(data, source, modality)
-    window = Intensity.of(data, modality).window
-    if not window[0] < window[1]:
-        raise UserError(f"{source}: is constant (every voxel about {window[0]:g}); remove it from the datalist")
+    try:
+        window = Intensity.of(data, modality).window
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from error
     target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_name(f".part-{uuid.uuid4().hex}.b2nd")
     try:

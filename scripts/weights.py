@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import ignite.distributed as idist
 import torch
 from torch import nn
 
@@ -32,8 +34,12 @@ def write_tensors(content: dict[str, Any], path: str | Path) -> None:
         os.fsync(file.fileno())
 
 
-def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
+def read_weights(path: str | Path, content: bytes | None = None) -> dict[str, torch.Tensor]:
     """The state dict in a weights file, plain or under `unet_state_dict` (as MAISI's releases come).
+
+    Args:
+        path: of the file.
+        content: its bytes, if they have been read already.
 
     Raises:
         UserError: where the file is missing, damaged, or holds anything but tensors.
@@ -42,7 +48,8 @@ def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
     if not path.is_file():
         raise UserError(f"{path}: no such weights file; correct trained_autoencoder_path")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        source = path if content is None else BytesIO(content)
+        state = torch.load(source, map_location="cpu", weights_only=True)
     except Exception as error:
         reason = " ".join(str(error).split())[:160]
         raise UserError(f"{path}: is damaged or holds more than tensors, so it is not loaded ({reason})") from error
@@ -104,8 +111,15 @@ class Weights:
             logger.info("the network has no parameters: no weights are loaded")
             return
         self.path = Path(trained_autoencoder_path) if trained_autoencoder_path else _newest(Path(model_dir))
-        load_weights(network, self.path)
-        self.sha256 = hashlib.sha256(self.path.read_bytes()).hexdigest()
+        content = self.path.read_bytes() if self.path.is_file() else None  # once: a training may replace the file
+        state = read_weights(self.path, content)
+        check_weights(network, state, self.path)
+        network.load_state_dict(state)
+        self.sha256 = hashlib.sha256(content or b"").hexdigest()
+        shares: Any = idist.all_gather(self.sha256)
+        if len(set(shares)) > 1:
+            raise UserError(f"{self.path}: the ranks read different weights; give trained_autoencoder_path")
+        logger.info("weights loaded from %s", self.path)
 
     def facts(self) -> dict[str, str | None]:
         """What results are to say of the weights they come from."""

@@ -91,9 +91,8 @@ def test_what_configs_share_is_the_same() -> None:
     configs = [json.loads(path.read_text()) for path in CONFIGS]
     for key in ("spatial_dims", "image_channels", "latent_channels", "autoencoder_def", "dataset_dir", "model_dir"):
         assert all(config[key] == configs[0][key] for config in configs), key
-    for key in (
-        set(configs[1]) & set(configs[2]) & set(configs[3]) - {"_desc_", "output_dir", "splits", "evaluator", "dataset"}
-    ):
+    own = {"_desc_", "output_dir", "splits", "evaluator", "dataloader"}
+    for key in set(configs[1]) & set(configs[2]) & set(configs[3]) - own:
         assert configs[1][key] == configs[2][key] == configs[3][key], key
 
 

@@ -67,6 +67,8 @@ def test_a_set_is_read_as_the_reference_reads_it(options: dict[str, Any], datali
     folder = tmp_path / "emb"
     content = json.loads((folder / "datalist.json").read_text())
     assert [len(content[split]) for split in ("training", "validation", "testing")] == [4, 2, 2]
+    run("encode", dataset_dir=str(datalist), splits=["testing"], **options)  # leaves the others in the lists
+    assert json.loads((folder / "datalist.json").read_text()) == content
     names = [item["image"].replace(".nii.gz", "_emb.nii.gz") for item in content["training"]]
     load = Compose([LoadImaged("image"), EnsureChannelFirstd("image")])
     values = []

@@ -27,7 +27,7 @@ def options(weights: Path, datalist: Path, tmp_path: Path) -> dict[str, Any]:
 def test_numbers_are_those_of_the_reconstructions(options: dict[str, Any], datalist: Path, tmp_path: Path) -> None:
     started = run("evaluate", **options)
     assert started.check_properties() == []
-    run("inference", **options | {"output_dir": str(tmp_path / "recon")})
+    run("inference", **options | {"output_dir": str(tmp_path / "recon"), "splits": ["testing"]})
     with (tmp_path / "out" / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
     entries = json.loads(datalist.read_text())["testing"]

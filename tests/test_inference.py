@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -101,6 +102,53 @@ def test_a_folder_is_mirrored_and_its_results_are_not_taken_for_input(tmp_path: 
     assert not list(tmp_path.rglob(".part*"))
 
 
+def test_results_beneath_the_input_are_no_input_and_links_are_followed(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    save_nifti(tmp_path / "elsewhere" / "v.nii.gz", hounsfield((20, 18, 16)))
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "patient").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "in" / "loop").symlink_to(tmp_path / "in")
+    for _ in range(2):
+        run("inference", dataset_dir=str(tmp_path / "in"), output_dir=str(tmp_path / "in" / "recon"), **IDENTITY)
+    found = [str(p.relative_to(tmp_path / "in")) for p in (tmp_path / "in" / "recon").rglob("*.nii.gz")]
+    assert found == ["recon/patient/v_recon.nii.gz"]
+
+
+def test_files_of_others_are_not_replaced(tmp_path: Path) -> None:
+    for name in ("scan.nii.gz", "scan_recon.nii.gz"):
+        save_nifti(tmp_path / name, hounsfield((20, 18, 16)))
+    os.utime(tmp_path / "scan_recon.nii.gz", (1e9, 1e9))
+    before = (tmp_path / "scan_recon.nii.gz").read_bytes()
+    with pytest.raises(Exception) as caught:  # noqa: B017, PT011 (MONAI wraps it)
+        run("inference", dataset_dir=str(tmp_path / "scan.nii.gz"), output_dir=str(tmp_path), **IDENTITY)
+    assert "scan_recon.nii.gz: is there, but is no result of an earlier run; move it" in last_line(caught.value)
+    assert (tmp_path / "scan_recon.nii.gz").read_bytes() == before
+
+
+class Poisoned(torch.nn.Module):
+    """NaN for volumes of one size, an error for those of another."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.shape[2] == 24:
+            raise RuntimeError("out of luck")
+        return x * torch.nan if x.shape[2] == 16 else x
+
+
+def test_a_volume_that_the_network_cannot_do_does_not_stop_the_others(tmp_path: Path) -> None:
+    for size in (16, 20, 24, 28):
+        save_nifti(tmp_path / f"v{size}.nii.gz", hounsfield((size, 18, 16)))
+    network = {"network_def": {"_target_": "tests.test_inference.Poisoned"}}
+    options = {"dataset_dir": str(tmp_path), "output_dir": str(tmp_path / "out")}
+    with pytest.raises(Exception) as caught:  # noqa: B017, PT011 (MONAI wraps it)
+        run("inference", **options, **network)
+    last = last_line(caught.value)
+    assert "2 of 4 volumes could not be reconstructed: " in last and "v16.nii.gz: what the network makes of it" in last
+    assert sorted(p.name for p in (tmp_path / "out").glob("*.gz")) == ["v20_recon.nii.gz", "v28_recon.nii.gz"]
+    with pytest.raises(Exception) as caught:  # noqa: B017, PT011 (MONAI wraps it)
+        run("inference", **options, **network)
+    assert "2 of 4 volumes could not be reconstructed: " in last_line(caught.value)
+
+
 def test_the_network_is_used_and_what_is_done_is_skipped(
     datalist: Path, weights: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -113,7 +161,8 @@ def test_the_network_is_used_and_what_is_done_is_skipped(
     assert f"weights loaded from {weights}" in caplog.text and "2 volumes reconstructed, 0 failed" in caplog.text
     results = sorted(out.glob("*_recon.nii.gz"))
     assert [p.name for p in results] == ["phantom 6_recon.nii.gz", "phantom 7_recon.nii.gz"]
-    source = nib.load(json.loads(datalist.read_text())["testing"][0]["image"])
+    entries = [entry["image"] for entry in json.loads(datalist.read_text())["testing"]]
+    source = nib.load(entries[0])
     image = np.clip((np.asarray(nib.as_closest_canonical(source).dataobj, np.float32) + 1000) / 2000, 0, 1)
     with torch.no_grad():
         wanted = started.parser.get_parsed_content("network")(torch.from_numpy(image)[None, None])
@@ -130,8 +179,12 @@ def test_the_network_is_used_and_what_is_done_is_skipped(
     with pytest.raises(Exception) as caught:  # noqa: B017, PT011 (MONAI wraps it)
         run("inference", trained_autoencoder_path=str(other), **options)
     assert f"out: holds results of other weights ({weights}); give another output_dir" in last_line(caught.value)
-    run("inference", trained_autoencoder_path=str(other), overwrite=True, **options)
-    assert results[0].stat().st_mtime_ns != times[0]
+    changed = {"trained_autoencoder_path": str(other)}
+    run("inference", overwrite=True, **changed, **options | {"dataset_dir": entries[0], "splits": ["training"]})
+    assert results[0].stat().st_mtime_ns != times[0]  # the other one is of the old weights still
+    caplog.clear()
+    run("inference", **changed, **options)
+    assert "1 volumes reconstructed, 1 were there already, 0 failed" in caplog.text
 
 
 def test_one_bad_volume_does_not_stop_the_others(tmp_path: Path) -> None:
@@ -162,6 +215,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "no weights": ({"model_dir": "docs"}, "docs: holds no weights (autoencoder_best_epoch*.pt, autoencoder.pt or"),
     "no such weights": ({"trained_autoencoder_path": "no.pt"}, "no.pt: no such weights file; correct trained_auto"),
     "unknown split": ({"splits": ["tests"]}, "splits is ['tests']; use some of training, validation, testing"),
+    "one split as text": ({"splits": "tests"}, "splits is ['tests']; use some of training"),
     "window": ({"val_sliding_window_patch_size": [64, 64, 30]}, "val_sliding_window_patch_size is [64, 64, 30], not"),
     "overlap": ({"val_overlap": 1}, "val_overlap is 1; use a number from 0 up to below 1"),
     "modality": ({"modality": "pet"}, "modality is 'pet'; use one of ct, mri"),
