@@ -58,13 +58,13 @@ def check_command_line(argv: Sequence[str] | None = None) -> None:
     for file, config in zip(files[1:], configs[1:], strict=False):
         for key in config:
             name = key.lstrip("+")
-            if name not in _WORKFLOW and name not in parser and (close := _close(name, parser)):
+            if name not in _WORKFLOW and name not in parser and (close := _close(name, parser, 0.85)):
                 raise UserError(f"{file}: unknown key {name!r}; did you mean {close!r}?")
         for key, value in config.items():
             merge_kv(parser, key, value)
     for key in options:
         if key not in _RUN_ARGUMENTS and key not in parser:
-            close = _close(key, parser)
+            close = _close(key, parser, 0.75)
             hint = f"did you mean --{close}?" if close else "the config file lists the keys"
             raise UserError(f"--{key}: no such key in {', '.join(files)}; {hint}")
 
@@ -79,13 +79,13 @@ def _options(argv: Sequence[str]) -> dict[str, str]:
     return options
 
 
-def _close(key: str, parser: ConfigParser) -> str | None:
+def _close(key: str, parser: ConfigParser, likeness: float) -> str | None:
     """The known key that `key` resembles, at its own depth."""
     separator = "#" if "#" in key else ID_SEP_KEY
     *parents, last = key.split(separator)
     group = parser.get(ID_SEP_KEY.join(parents), None) if parents else parser.get()
     names = [k for k in group if not k.startswith("_")] if isinstance(group, dict) else []
-    matches = get_close_matches(last, names, n=1, cutoff=0.85)
+    matches = get_close_matches(last, names, n=1, cutoff=likeness)
     return separator.join([*parents, matches[0]]) if matches else None
 
 

@@ -101,6 +101,7 @@ def test_the_guides_files_and_the_demo_are_layers_of_all(path: Path, datalist: P
     layers = [str(path), str(DEMO), *write_guide_files(tmp_path, datalist)[1:]]
     argv = ["monai/bundle/__main__.py", "run", "--config_file", str(layers), "--output_dir", "out"]
     check_command_line(argv)
+    check_command_line([*argv[:3], f"['{path}','configs/multi_gpu_train.json']"])
     parser = ConfigParser()
     parser.read_config(layers)
     assert parser["model_dir"] == str(tmp_path / "my models")
