@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,7 @@ from monai.apps.generation.maisi.networks.autoencoderkl_maisi import (
 from torch import nn
 
 
-class _Convolution(nn.Module):
+class Convolution(nn.Module):
     def __init__(self, block: MaisiConvolution) -> None:
         super().__init__()
         self.conv = block.conv
@@ -26,7 +26,7 @@ class _Convolution(nn.Module):
         return self.conv(x)
 
 
-class _ResBlock(nn.Module):
+class ResBlock(nn.Module):
     def __init__(self, block: MaisiResBlock) -> None:
         super().__init__()
         self.norm1, self.conv1 = block.norm1, block.conv1
@@ -39,7 +39,7 @@ class _ResBlock(nn.Module):
         return self.nin_shortcut(x) + h
 
 
-class _Downsample(nn.Module):
+class Downsample(nn.Module):
     def __init__(self, block: MaisiDownsample) -> None:
         super().__init__()
         self.pad, self.conv = block.pad, block.conv
@@ -48,7 +48,7 @@ class _Downsample(nn.Module):
         return self.conv(F.pad(x, self.pad))
 
 
-class _Upsample(nn.Module):
+class Upsample(nn.Module):
     def __init__(self, block: MaisiUpsample) -> None:
         super().__init__()
         self.conv, self.scale = block.conv, 1.0 if block.use_convtranspose else 2.0
@@ -59,7 +59,7 @@ class _Upsample(nn.Module):
         return self.conv(x)
 
 
-class _Stack(nn.Module):
+class Stack(nn.Module):
     def __init__(self, blocks: nn.ModuleList) -> None:
         super().__init__()
         self.blocks = blocks
@@ -70,23 +70,18 @@ class _Stack(nn.Module):
         return x
 
 
-_REPLACEMENTS: dict[type[nn.Module], Callable[..., nn.Module]] = {
-    MaisiConvolution: _Convolution,
-    MaisiResBlock: _ResBlock,
-    MaisiDownsample: _Downsample,
-    MaisiUpsample: _Upsample,
-}
+Replacements = Mapping[type[nn.Module], Callable[..., nn.Module]]
 
 
-def _plain(module: nn.Module) -> nn.Module:
-    """What computes the same with the same parameters and names, but as one operation after the other."""
+def _converted(module: nn.Module, replacements: Replacements) -> nn.Module:
+    """What computes the same with the same parameters and names, at any depth."""
     for name, child in module.named_children():
-        setattr(module, name, _plain(child))
+        setattr(module, name, _converted(child, replacements))
     if isinstance(module, MaisiGroupNorm3D):
         norm = nn.GroupNorm(module.num_groups, module.num_channels, module.eps, module.affine)
         norm.weight, norm.bias = module.weight, module.bias
         return norm
-    replacement = _REPLACEMENTS.get(type(module))
+    replacement = replacements.get(type(module))
     return module if replacement is None else replacement(module)
 
 
@@ -101,25 +96,34 @@ class Reconstructor(nn.Module):
         latent_channels: C of the latents.
     """
 
+    replacements: Replacements = {
+        MaisiConvolution: Convolution,
+        MaisiResBlock: ResBlock,
+        MaisiDownsample: Downsample,
+        MaisiUpsample: Upsample,
+    }
+    stack: Callable[..., nn.Module] = Stack
+
     def __init__(self, network: AutoencoderKlMaisi) -> None:
         super().__init__()
         self.factor: int = 2 ** sum(isinstance(m, MaisiDownsample) for m in network.encoder.modules())
         self.latent_channels: int = network.latent_channels
-        self.encoder, self.decoder = (_Stack(_plain(m.blocks)) for m in (network.encoder, network.decoder))  # type: ignore[arg-type]
-        self.quant_conv_mu, self.quant_conv_log_sigma, self.post_quant_conv = map(
-            _plain, (network.quant_conv_mu, network.quant_conv_log_sigma, network.post_quant_conv)
-        )
+        network = _converted(network, self.replacements)  # type: ignore[assignment]
+        self.encoder, self.decoder = type(self).stack(network.encoder.blocks), type(self).stack(network.decoder.blocks)
+        self.quant_conv_mu = network.quant_conv_mu
+        self.quant_conv_log_sigma = network.quant_conv_log_sigma
+        self.post_quant_conv = network.post_quant_conv
 
     @torch.jit.export
     def encode(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Posterior mean and standard deviation (B, C, X/4, Y/4, Z/4) of images (B, 1, X, Y, Z) in [0, 1]."""
+        """Posterior mean and standard deviation, float32 (B, C, X/4, Y/4, Z/4), of images (B, 1, X, Y, Z) in [0, 1]."""
         h = self.encoder(x)
         log_variance = self.quant_conv_log_sigma(h).float().clamp(-30.0, 20.0)
-        return self.quant_conv_mu(h), torch.exp(log_variance / 2)
+        return self.quant_conv_mu(h).float(), torch.exp(log_variance / 2)
 
     @torch.jit.export
     def decode(self, z: torch.Tensor) -> torch.Tensor:
-        """Images (B, 1, X, Y, Z) of latents (B, C, X/4, Y/4, Z/4)."""
+        """Images (B, 1, X, Y, Z), in the compute type, of latents (B, C, X/4, Y/4, Z/4)."""
         return self.decoder(self.post_quant_conv(z))
 
     @torch.jit.export
