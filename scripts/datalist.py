@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from scripts import errors
 from scripts.errors import UserError
+from scripts.files import write_json
 from scripts.intensity import CT_WINDOW
 from scripts.nifti import Header, check_values, read_header, read_nifti
 
@@ -115,10 +116,7 @@ def build(
             )
     datalist = {split: [_entry(f, relative_to, modality) for f in sorted(files)] for split, files in splits.items()}
     target = Path(output)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    part = target.with_name(f".part-{target.name}")
-    part.write_text(json.dumps(datalist, indent=4, ensure_ascii=False) + "\n", encoding="utf-8")
-    part.replace(target)
+    write_json(target, datalist)
     for split, files in splits.items():
         print(f"{split:<10} {len(files):>6} files {sum(f.stat().st_size for f in files) / 1e9:>9.2f} GB")
     print(f"datalist written to {target}")

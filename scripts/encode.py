@@ -17,6 +17,7 @@ from scripts.inference import VolumeEvaluator
 from scripts.metrics import LatentHealth
 from scripts.nifti import save_nifti
 from scripts.outputs import Output
+from scripts.windows import joined
 
 DATALIST, STATISTICS = "datalist.json", "latent_stats.json"
 
@@ -49,8 +50,7 @@ class Encoding(VolumeEvaluator):
     def process(self, volume: dict[str, Any]) -> None:
         if self.resize_multiple is not None:
             volume = resized(volume, self.resize_multiple)
-        parts = [slab for _, slab in self.slabs(volume, self.network.encode)]  # type: ignore[arg-type]
-        mu, sigma = (torch.cat(slabs, dim=2) for slabs in zip(*parts, strict=True))
+        mu, sigma = joined(self.slabs(volume, self.network.encode))  # type: ignore[arg-type]
         latents = LatentHealth()
         latents.update(mu, sigma)
         path = self.output.path(volume["name"])
@@ -91,8 +91,10 @@ class Encoding(VolumeEvaluator):
 def _read(sidecar: Path) -> dict[str, Any]:
     try:
         content = json.loads(sidecar.read_text(encoding="utf-8"))
-        return content if content["latent_sums"] and content["name"] and content["split"] else {}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        if missing := {"name", "split", "modality", "latent_sums"} - content.keys():
+            raise KeyError(min(missing))
+        return content
+    except (OSError, ValueError, KeyError, AttributeError) as error:
         raise UserError(f"{sidecar}: is damaged; remove it and its latent, and encode that volume again") from error
 
 

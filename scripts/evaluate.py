@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import ignite.distributed as idist
-import torch
 
 from scripts.files import write_json, write_text
 from scripts.inference import VolumeEvaluator
@@ -16,6 +15,7 @@ from scripts.losses import PerceptualLoss
 from scripts.metrics import LatentHealth, reconstruction_metrics, tissue_errors
 from scripts.pictures import comparison_planes, save_comparison
 from scripts.report import html_report, markdown_table, metrics_csv, summarise
+from scripts.windows import joined
 
 DEFINITIONS = {
     "range": "-1000 to 1000 HU are 0 to 1; both volumes are clipped to that (MRI: percentiles 0 and 99.5, not clipped)",
@@ -63,15 +63,10 @@ class Evaluation(VolumeEvaluator):
 
     def process(self, volume: dict[str, Any]) -> None:
         voxels, intensity = volume["voxels"], volume["intensity"]
-        reconstruction = torch.empty(voxels.shape[2:], dtype=torch.float32)
-        latents = []
-        for x, (slab, *latent) in self.slabs(volume, self.network.reconstruct):  # type: ignore[arg-type]
-            reconstruction[x : x + slab.shape[2]] = slab[0, 0]
-            latents.append(latent)
-        self.latents.update(*(torch.cat(parts, dim=2) for parts in zip(*latents, strict=True)))
-        if intensity.clip:
-            reconstruction.clamp_(0, 1)
-        original = intensity.normalise_tensor(voxels[0, 0])
+        whole, mu, sigma = joined(self.slabs(volume, self.network.reconstruct))  # type: ignore[arg-type]
+        self.latents.update(mu, sigma)
+        reconstruction = whole[0, 0].clamp_(0, 1) if intensity.clip else whole[0, 0]
+        original = intensity.normalise(voxels[0, 0])
         metrics: dict[str, Any] = dict(
             reconstruction_metrics(reconstruction, original, intensity.range, self.state.device)
         )

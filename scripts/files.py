@@ -12,7 +12,7 @@ from scripts.errors import UserError
 
 
 @contextmanager
-def whole(path: str | Path, remedy: str = "free space or choose another output_dir") -> Iterator[Path]:
+def whole(path: str | Path, remedy: str = "free space or choose another folder") -> Iterator[Path]:
     """A path to write to, which becomes `path` once that is done; its folder is made.
 
     Raises:

@@ -89,7 +89,7 @@ class VolumeEvaluator(Evaluator):
         place = f"{self.state.iteration}/{self.state.epoch_length} {volume['name']}"
         bar = progress_bar(self.inferer.count(voxels.shape[2:]), place, "window")
         with bar:
-            for x, parts in self.inferer.slabs(voxels, compute, volume["intensity"].normalise_tensor, bar.update):
+            for x, parts in self.inferer.slabs(voxels, compute, volume["intensity"].normalise, bar.update):
                 if not all(part.isfinite().all() for part in parts):
                     raise NotFiniteError("what the network makes of it is not finite (NaN or infinite)")
                 yield x, parts
@@ -132,10 +132,10 @@ class VolumeEvaluator(Evaluator):
             self._fail(f"{volume['image']}: {error}")
         except (RuntimeError, MemoryError) as error:
             what = f"windows of {self.inferer.window(volume['voxels'].shape[2:])} voxels"
-            told = explained(error, self.state.device, what, KNOBS) if isinstance(error, RuntimeError) else error
+            told = explained(error, self.state.device, what, KNOBS)
             if told is error:
                 logger.exception("%s could not be %s", volume["image"], self.participle)
-            self._fail(f"{volume['image']}: {told or 'out of memory'}")
+            self._fail(f"{volume['image']}: {told}")
         else:
             self.did += 1
             logger.info("%s %s in %.1f s", volume["image"], self.participle, time.perf_counter() - started)

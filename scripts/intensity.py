@@ -54,13 +54,10 @@ class Intensity:
         """Float32 intensities to [0, 1] by `window`, in place; linear, so it may come after interpolation."""
         return values.sub_(self.window[0]).div_(self.range)
 
-    def normalise(self, values: np.ndarray) -> torch.Tensor:
-        """Intensities to float32 in [0, 1] by `window` (beyond it where `clip` is false)."""
-        clipped = self.clipped(values)
-        return self.scale(torch.from_numpy(clipped).to(torch.float32, copy=clipped is values))
-
-    def normalise_tensor(self, values: torch.Tensor) -> torch.Tensor:
-        """As `normalise`, of a tensor on any device."""
+    def normalise(self, values: np.ndarray | torch.Tensor) -> torch.Tensor:
+        """Intensities, on any device, to float32 in [0, 1] by `window` (beyond it where `clip` is false)."""
+        if isinstance(values, np.ndarray):
+            values = torch.from_numpy(np.ascontiguousarray(values))
         values = values.to(torch.float32, copy=True)
         return self.scale(values.clamp_(*self.window) if self.clip else values)
 

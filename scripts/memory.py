@@ -9,7 +9,7 @@ import torch
 from scripts.errors import UserError
 
 
-def explained(error: RuntimeError, device: torch.device, what: str, remedy: str) -> RuntimeError | UserError:
+def explained(error: Exception, device: torch.device, what: str, remedy: str) -> Exception:
     """`error`, or, if it says that memory ran out, advice with this run's numbers.
 
     Args:
@@ -24,7 +24,7 @@ def explained(error: RuntimeError, device: torch.device, what: str, remedy: str)
             free, total = (n / 2**30 for n in torch.cuda.mem_get_info(device))
             used = torch.cuda.max_memory_allocated(device) / 2**30
             where = f"{device} has {total:.1f} GiB, of which {free:.1f} are free; this run took up to {used:.1f}"
-    elif "DefaultCPUAllocator" in str(error):
+    elif isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):
         where = f"this machine has {available() / 2**30:.1f} GiB left"
     else:
         return error

@@ -14,6 +14,8 @@ import numpy as np
 from nibabel.orientations import axcodes2ornt, inv_ornt_aff, ornt_transform
 from tqdm import tqdm
 
+from scripts.nifti import save_nifti
+
 # Hounsfield units of the tissues, rounded from any CT textbook.
 AIR, LUNG, FAT, MUSCLE, BLOOD, LIVER, BONE, MARROW, DISC = -1000, -850, -100, 50, 160, 65, 700, 250, 90
 
@@ -171,9 +173,7 @@ def write(
     paths = [folder / f"phantom_{i:03d}.nii.gz" for i in range(count)]
     for i, path in enumerate(tqdm(paths, desc="phantoms", unit="volume")):
         if not path.exists():
-            part = path.with_name(f".part-{path.name}")
-            nib.save(phantom_image(shape, spacing, seed + i, axcodes), part)
-            part.replace(path)
+            save_nifti(phantom_image(shape, spacing, seed + i, axcodes), path)
     return [str(p) for p in paths]
 
 

@@ -34,22 +34,26 @@ def write_tensors(content: dict[str, Any], path: str | Path) -> None:
         os.fsync(file.fileno())
 
 
-def read_weights(path: str | Path, content: bytes | None = None) -> dict[str, torch.Tensor]:
+def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
     """The state dict in a weights file, plain or under `unet_state_dict` (as MAISI's releases come).
-
-    Args:
-        path: of the file.
-        content: its bytes, if they have been read already.
 
     Raises:
         UserError: where the file is missing, damaged, or holds anything but tensors.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path}: no such weights file; correct trained_autoencoder_path")
+    return _state(_content(path), path)
+
+
+def _content(path: str | Path) -> bytes:
+    if not Path(path).is_file():
+        raise UserError(
+            f"{path}: no such weights file; correct trained_autoencoder_path, or set finetune to false in a training"
+        )
+    return Path(path).read_bytes()
+
+
+def _state(content: bytes, path: str | Path) -> dict[str, torch.Tensor]:
     try:
-        source = path if content is None else BytesIO(content)
-        state = torch.load(source, map_location="cpu", weights_only=True)
+        state = torch.load(BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:
         reason = " ".join(str(error).split())[:160]
         raise UserError(f"{path}: is damaged or holds more than tensors, so it is not loaded ({reason})") from error
@@ -60,16 +64,21 @@ def read_weights(path: str | Path, content: bytes | None = None) -> dict[str, to
     return {name.removeprefix("module."): tensor for name, tensor in state.items()}
 
 
-def load_weights(network: nn.Module, path: str | Path) -> None:
-    """Load weights, strictly.
+def load_weights(network: nn.Module, path: str | Path) -> str:
+    """Load weights, strictly; the file is read once, since a training may replace it.
+
+    Returns:
+        the file's SHA-256, hexadecimal.
 
     Raises:
         UserError: naming the first parameter that is missing, unknown or of another shape.
     """
-    state = read_weights(path)
+    content = _content(path)
+    state = _state(content, path)
     check_weights(network, state, path)
     network.load_state_dict(state)
     logger.info("weights loaded from %s", path)
+    return hashlib.sha256(content).hexdigest()
 
 
 def check_weights(network: nn.Module, state: dict[str, torch.Tensor], path: str | Path) -> None:
@@ -111,15 +120,10 @@ class Weights:
             logger.info("the network has no parameters: no weights are loaded")
             return
         self.path = Path(trained_autoencoder_path) if trained_autoencoder_path else _newest(Path(model_dir))
-        content = self.path.read_bytes() if self.path.is_file() else None  # once: a training may replace the file
-        state = read_weights(self.path, content)
-        check_weights(network, state, self.path)
-        network.load_state_dict(state)
-        self.sha256 = hashlib.sha256(content or b"").hexdigest()
+        self.sha256 = load_weights(network, self.path)
         shares: Any = idist.all_gather(self.sha256)
         if len(set(shares)) > 1:
             raise UserError(f"{self.path}: the ranks read different weights; give trained_autoencoder_path")
-        logger.info("weights loaded from %s", self.path)
 
     def facts(self) -> dict[str, str | None]:
         """What results are to say of the weights they come from."""

@@ -58,8 +58,7 @@ class VolumeInferer(Inferer):
 
     def __call__(self, inputs: torch.Tensor, network: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """What `slabs` yields, put together: one tensor, or a tuple where the network gives several."""
-        parts = [slab for _, slab in self.slabs(inputs, lambda window: network(window, *args, **kwargs))]
-        wholes = tuple(torch.cat(slabs, dim=2) for slabs in zip(*parts, strict=True))
+        wholes = joined(self.slabs(inputs, lambda window: network(window, *args, **kwargs)))
         return wholes[0] if len(wholes) == 1 else wholes
 
     def slabs(
@@ -110,6 +109,12 @@ class VolumeInferer(Inferer):
                 parts.append(_box(part, (0, 0, 0), (size[0] - x, *size[1:])) if ratio == 1 else part)
                 sums[index] = F.pad(total[:, :, ended:], (0, 0, 0, 0, 0, ended))
             yield x, parts
+
+
+def joined(slabs: Slabs) -> tuple[torch.Tensor, ...]:
+    """The whole outputs of what `VolumeInferer.slabs` yields."""
+    parts = [slab for _, slab in slabs]
+    return tuple(torch.cat(output, dim=2) for output in zip(*parts, strict=True))
 
 
 def _box(volume: torch.Tensor, corner: Sequence[int], size: Sequence[int]) -> torch.Tensor:

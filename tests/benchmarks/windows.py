@@ -55,10 +55,10 @@ def seam_step(out: torch.Tensor, whole: torch.Tensor, starts: list[list[int]], w
 @torch.inference_mode()
 def seams(volume: dict[str, Any], network: Reconstructor, windows: list[int], overlaps: list[float]) -> None:
     voxels, intensity = volume["voxels"], volume["intensity"]
-    original = intensity.normalise_tensor(voxels[0, 0])
+    original = intensity.normalise(voxels[0, 0])
 
     def reconstruct(inferer: VolumeInferer) -> torch.Tensor:
-        parts = [slab[0, 0] for _, (slab,) in inferer.slabs(voxels, network, intensity.normalise_tensor)]
+        parts = [slab[0, 0] for _, (slab,) in inferer.slabs(voxels, network, intensity.normalise)]
         return torch.cat(parts).clamp(0, 1)
 
     whole = reconstruct(VolumeInferer(None))
