@@ -14,7 +14,8 @@ import numpy as np
 from nibabel.orientations import axcodes2ornt, inv_ornt_aff, ornt_transform
 from tqdm import tqdm
 
-from scripts.nifti import save_nifti
+from scripts.common import errors
+from scripts.data.nifti import save_nifti
 
 # Hounsfield units of the tissues, rounded from any CT textbook.
 AIR, LUNG, FAT, MUSCLE, BLOOD, LIVER, BONE, MARROW, DISC = -1000, -850, -100, 50, 160, 65, 700, 250, 90
@@ -166,7 +167,7 @@ def write(
     spacing: Sequence[float] = (4.0, 4.0, 4.0),
     seed: int = 0,
     axcodes: str = "LPS",
-) -> list[str]:
+) -> str:
     """Write `count` phantoms as `output_dir/phantom_000.nii.gz`, ...; what is there already is kept."""
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
@@ -174,8 +175,9 @@ def write(
     for i, path in enumerate(tqdm(paths, desc="phantoms", unit="volume")):
         if not path.exists():
             save_nifti(phantom_image(shape, spacing, seed + i, axcodes), path)
-    return [str(p) for p in paths]
+    return f"{count} phantoms in {folder}"
 
 
 if __name__ == "__main__":
-    fire.Fire({"write": write}, serialize=lambda paths: f"{len(paths)} phantoms in {Path(paths[0]).parent}")
+    errors.install()
+    fire.Fire({"write": write})

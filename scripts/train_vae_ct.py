@@ -23,9 +23,9 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from scripts import errors  # noqa: E402
-from scripts.errors import UserError  # noqa: E402
-from scripts.signals import SIGNALS, STATUS  # noqa: E402
+from scripts.common import errors  # noqa: E402
+from scripts.common.errors import UserError  # noqa: E402
+from scripts.training.signals import SIGNALS, STATUS  # noqa: E402
 
 PATIENCE = 40  # seconds from a signal to the kill of a rank that does not end
 BASE, MULTI_GPU = "configs/train.json", "configs/multi_gpu_train.json"
@@ -104,7 +104,7 @@ def launch(gpus: int, command: Sequence[str]) -> None:
         if failure.exitcode == STATUS:
             sys.exit(STATUS)
         hint = "; most often the machine was out of memory" if failure.exitcode == -9 else ""
-        told: Any = failure.message  # what the rank wrote down (scripts/errors.py), or torchrun's own sentence
+        told: Any = failure.message  # what the rank wrote down (scripts/common/errors.py), or torchrun's own sentence
         message = told["message"] if isinstance(told, dict) else told
         raise UserError(f"rank {rank}: {message.removeprefix('error: ')}{hint}") from None
 

@@ -8,38 +8,18 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import nibabel as nib
-import numpy as np
 import pytest
+
+# One thread each: OpenMP threads of several processes on few cores spin, and cost ten times what they compute.
+os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+
 import torch
-from monai.bundle import ConfigParser, ConfigWorkflow
+from monai.bundle import ConfigParser
 
+from scripts.networks.weights import save_weights
 from scripts.phantom import make_phantom
-from scripts.weights import save_weights
-
-REAL_CT = Path(__file__).resolve().parents[2] / "shared" / "ct"
-NETWORK = {"num_channels": [16, 16, 16], "num_res_blocks": [1, 1, 1], "norm_num_groups": 8}
-SMALL = {f"autoencoder_def#{key}": value for key, value in NETWORK.items()}
-SLURM = os.geteuid() == 0 and all(map(shutil.which, ("slurmctld", "slurmd", "munged")))
-
-
-def save_nifti(path: Path, data: np.ndarray, affine: np.ndarray | None = None) -> Path:
-    affine = np.diag([2.0, 2.0, 2.5, 1.0]) if affine is None else affine
-    nib.save(nib.Nifti1Image(data, affine), path)
-    return path
-
-
-def oriented_affine(axcodes: str, spacing: tuple[float, float, float]) -> np.ndarray:
-    """An affine whose voxel axes point along `axcodes`, with an offset."""
-    affine = np.zeros((4, 4))
-    letters = {"R": (0, 1), "L": (0, -1), "A": (1, 1), "P": (1, -1), "S": (2, 1), "I": (2, -1)}
-    for axis, code in enumerate(axcodes):
-        world, sign = letters[code]
-        affine[world, axis] = sign * spacing[axis]
-    affine[:, 3] = [12.5, -30.0, 101.0, 1.0]
-    return affine
+from tests.helpers import NETWORK, oriented_affine, save_nifti
 
 
 @pytest.fixture(scope="session")
@@ -53,22 +33,6 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def workflow(name: str, initialize: bool = True, **overrides: Any) -> ConfigWorkflow:
-    """That of a config by its name, as a user would start it."""
-    kind = "train" if name == "train" else "infer"
-    started = ConfigWorkflow(f"configs/{name}.json", workflow_type=kind, logging_file=False, **overrides)
-    if initialize:
-        started.initialize()
-    return started
-
-
-def run(name: str, **overrides: Any) -> ConfigWorkflow:
-    started = workflow(name, **overrides)
-    started.run()
-    started.finalize()
-    return started
-
-
 @pytest.fixture(scope="session")
 def phantoms(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """Eight phantoms of 40 x 36 x 44 voxels, LPS, 8 x 8 x 9 mm."""
@@ -80,13 +44,19 @@ def phantoms(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     ]
 
 
-@pytest.fixture
-def datalist(phantoms: list[Path], tmp_path: Path) -> Path:
-    """Four volumes to train, two to validate, two to test."""
+@pytest.fixture(scope="session")
+def datalist_file(phantoms: list[Path]) -> Path:
+    """Four volumes to train, two to validate, two to test; for tests that only read it."""
     entries = [{"image": str(p), "class": "ct"} for p in phantoms]
-    path = tmp_path / "datalist.json"
+    path = phantoms[0].parent / "datalist.json"
     path.write_text(json.dumps({"training": entries[:4], "validation": entries[4:6], "testing": entries[6:]}))
     return path
+
+
+@pytest.fixture
+def datalist(datalist_file: Path, tmp_path: Path) -> Path:
+    """The same, to be changed."""
+    return Path(shutil.copy(datalist_file, tmp_path / "datalist.json"))
 
 
 @pytest.fixture

@@ -24,7 +24,8 @@ def test_phantoms_are_seeded_and_varied() -> None:
 
 
 def test_write_keeps_what_is_there(tmp_path: Path) -> None:
-    paths = write(str(tmp_path), count=2, shape=(20, 24, 28), spacing=(5, 5, 6))
+    assert write(str(tmp_path), count=2, shape=(20, 24, 28), spacing=(5, 5, 6)) == f"2 phantoms in {tmp_path}"
+    paths = sorted(tmp_path.iterdir())
     image = nib.load(paths[1])
     assert nib.aff2axcodes(image.affine) == ("L", "P", "S") and image.shape == (20, 24, 28)
     assert np.allclose(nib.affines.voxel_sizes(image.affine), (5, 5, 6)) and image.get_data_dtype() == np.int16

@@ -35,9 +35,10 @@ from monai.transforms import (
     SpatialPadd,
 )
 
-from scripts.patches import PatchDataset, RandomPatch
+from scripts.data.datasets import PatchDataset
+from scripts.data.patches import RandomPatch
+from scripts.data.store import convert, stored_path
 from scripts.phantom import phantom_image
-from scripts.volumes import convert, stored_path
 from tests.benchmarks.table import median, print_table
 
 SHAPE, SPACING, PATCH = (512, 512, 140), (0.8, 0.8, 2.5), (96, 96, 96)

@@ -26,8 +26,9 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from scripts import autoencoder as fast
-from scripts.losses import LeastSquaresAdversarialLoss, PerceptualLoss, VaeLoss
-from scripts.trainer import VaeTrainer
+from scripts.networks.lpips import PerceptualLoss
+from scripts.training.losses import LeastSquaresAdversarialLoss, VaeLoss
+from scripts.training.vae import VaeTrainer
 from tests.benchmarks.table import median, print_table
 
 VARIANTS = ("stock float32", "stock autocast", "ours float32", "ours amp")

@@ -15,11 +15,11 @@ import nibabel as nib
 import torch
 from monai.bundle import ConfigParser
 
-from scripts.inputs import Volumes
+from scripts.data.datasets import Volumes
+from scripts.networks.autoencoder import Reconstructor
+from scripts.networks.weights import load_weights
+from scripts.networks.windows import VolumeInferer
 from scripts.phantom import phantom_image
-from scripts.reconstructor import Reconstructor
-from scripts.weights import load_weights
-from scripts.windows import VolumeInferer
 from tests.benchmarks.table import print_table
 from tests.conftest import run
 

@@ -1,0 +1,1 @@
+"""Volumes on their way from files to patches; knows no network."""

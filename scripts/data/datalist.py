@@ -1,0 +1,202 @@
+"""Datalists: which volumes train, validate and test; how they are built, and how they are read."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+
+import numpy as np
+
+from scripts.common.errors import UserError
+from scripts.common.files import write_json
+
+SPLITS = ("training", "validation", "testing")
+CLASSES = ("ct", "mri")
+Datalist = dict[str, list[dict[str, str]]]
+
+
+def _find(folder: str, pattern: str) -> list[Path]:
+    root = Path(folder)
+    if not root.is_dir():
+        raise UserError(f"{folder}: no such folder; correct --train_dir, --val_dir, --test_dir or --data_dir")
+    found = sorted(path for path in root.rglob(pattern) if path.is_file())
+    if not found:
+        raise UserError(f"{folder}: no file matches the pattern {pattern!r}; correct --pattern (quote it)")
+    return found
+
+
+def _split(
+    files: Sequence[Path], fractions: Mapping[str, float], seed: int, group_by: str | None
+) -> dict[str, list[Path]]:
+    """Deal groups of files (one group a patient) to the splits, at random, until each has its share of files."""
+    groups: dict[str, list[Path]] = {}
+    for file in files:
+        match = re.search(group_by, str(file)) if group_by else None
+        if group_by and match is None:
+            raise UserError(f"{file}: --group_by {group_by!r} finds nothing in this path; correct the expression")
+        key = (match.group(1) if match.re.groups else match.group(0)) if match else str(file)
+        groups.setdefault(key, []).append(file)
+    names = sorted(groups)
+    order = np.random.default_rng(seed).permutation(len(names))
+    splits: dict[str, list[Path]] = {split: [] for split in SPLITS}
+    for index in order:
+        group = groups[names[index]]
+        takes = (s for s in ("validation", "testing") if len(splits[s]) < round(fractions[s] * len(files)))
+        splits[next(takes, "training")] += group
+    return splits
+
+
+def build(
+    output: str = "data/datalist_ct.json",
+    train_dir: str | None = None,
+    val_dir: str | None = None,
+    test_dir: str | None = None,
+    data_dir: str | None = None,
+    pattern: str = "*.nii.gz",
+    val_fraction: float = 0.1,
+    test_fraction: float = 0.1,
+    seed: int = 0,
+    group_by: str | None = None,
+    relative_to: str | None = None,
+    modality: str = "ct",
+) -> None:
+    """Write a datalist from a folder for each split, or from one folder that is split at random.
+
+    Args:
+        output: the JSON file to write; the same input gives the same bytes.
+        train_dir: folder of the training volumes, searched with its subfolders (so are the others).
+        val_dir: folder of the validation volumes.
+        test_dir: folder of the test volumes; may be left out.
+        data_dir: one folder for all, instead of the three.
+        pattern: which files, as a glob; quote it.
+        val_fraction: share of the files of `data_dir` to validate on.
+        test_fraction: share of the files of `data_dir` to test on.
+        seed: of the random split.
+        group_by: regular expression on the path; files with the same match (its first group, if it has one)
+            land in one split, so that no patient is in two.
+        relative_to: write paths relative to this folder instead of absolute.
+        modality: `class` of the entries, "ct" or "mri".
+    """
+    if modality not in CLASSES:
+        raise UserError(f"--modality {modality!r} is unknown; use one of {', '.join(CLASSES)}")
+    if data_dir is not None:
+        if train_dir or val_dir or test_dir:
+            raise UserError("--data_dir excludes --train_dir, --val_dir and --test_dir; give one or the other")
+        if min(val_fraction, test_fraction) < 0 or val_fraction + test_fraction >= 1:
+            raise UserError(f"--val_fraction {val_fraction} and --test_fraction {test_fraction} leave no training data")
+        fractions = {"validation": val_fraction, "testing": test_fraction}
+        splits = _split(_find(data_dir, pattern), fractions, seed, group_by)
+    elif train_dir and val_dir:
+        folders = dict(zip(SPLITS, (train_dir, val_dir, test_dir), strict=True))
+        splits = {split: _find(folder, pattern) if folder else [] for split, folder in folders.items()}
+    else:
+        raise UserError("give --train_dir and --val_dir (and --test_dir), or --data_dir")
+    entries = {split: [_entry(f, None, modality) for f in files] for split, files in splits.items()}
+    if shared := shared_volumes(entries):
+        raise UserError(f"{shared[0]}; a volume may be in one split only")
+    wanted = ["training"] + [s for s, f in (("validation", val_fraction), ("testing", test_fraction)) if data_dir and f]
+    for split in wanted:
+        if not splits[split]:
+            raise UserError(
+                f"{data_dir or train_dir}: the {split} list would be empty (too few files or groups); "
+                "change --val_fraction, --test_fraction or --group_by"
+            )
+    datalist = {split: [_entry(f, relative_to, modality) for f in sorted(files)] for split, files in splits.items()}
+    target = Path(output)
+    write_json(target, datalist)
+    for split, files in splits.items():
+        print(f"{split:<10} {len(files):>6} files {sum(f.stat().st_size for f in files) / 1e9:>9.2f} GB")
+    print(f"datalist written to {target}")
+
+
+def _entry(path: Path, relative_to: str | None, modality: str) -> dict[str, str]:
+    absolute = os.path.abspath(path)  # noqa: PTH100 (keeps links, which resolve() would not)
+    return {"image": os.path.relpath(absolute, relative_to) if relative_to else absolute, "class": modality}
+
+
+def load(path: str | Path, base_dir: str | Path | None = None) -> Datalist:
+    """Read and check a datalist; relative paths are made absolute.
+
+    Args:
+        path: a JSON file with the lists `training`, `validation` and perhaps `testing`, of entries
+            `{"image": path, "class": "ct" or "mri"}` (`class` may be left out: "ct").
+        base_dir: what relative paths are relative to, where the volume is there; else the datalist's own folder,
+            or the working directory.
+
+    Raises:
+        UserError: naming the file and the key, what is wrong and what to do.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such datalist; make one with python -m scripts.datalist build")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: is not JSON ({error}); build it with python -m scripts.datalist build") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: holds a {type(content).__name__}, not an object with the lists {', '.join(SPLITS)}")
+    for key in content:
+        if key not in SPLITS:
+            raise UserError(f"{path}: unknown list {key!r}{_suggest(key, SPLITS)}; the lists are {', '.join(SPLITS)}")
+    folders = [Path(base_dir)] if base_dir else []
+    folders += [path.parent, Path()]
+    splits: Datalist = {}
+    for split in SPLITS:
+        entries = content.get(split, [])
+        if not isinstance(entries, list):
+            raise UserError(f"{path}: {split!r} is a {type(entries).__name__}, not a list of entries")
+        splits[split] = [_checked_entry(e, f"{path}: {split}[{i}]", folders) for i, e in enumerate(entries)]
+    return splits
+
+
+def _suggest(key: str, known: Sequence[str]) -> str:
+    close = get_close_matches(key, known, n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def _checked_entry(entry: object, where: str, folders: Sequence[Path]) -> dict[str, str]:
+    known = ("image", "class")
+    if not isinstance(entry, dict):
+        raise UserError(f"{where} is a {type(entry).__name__}, not an object like {{'image': path, 'class': 'ct'}}")
+    for key in entry:
+        if key not in known:
+            raise UserError(f"{where} has the unknown key {key!r}{_suggest(key, known)}; the keys are image and class")
+    image, modality = entry.get("image"), entry.get("class", "ct")
+    if not isinstance(image, str) or not image:
+        raise UserError(f"{where} has no image path (image is {image!r}); give the path of a .nii.gz file")
+    if not isinstance(modality, str) or modality.lower() not in CLASSES:
+        raise UserError(f"{where} has class {modality!r}; use one of {', '.join(CLASSES)}")
+    if not Path(image).is_absolute():
+        image = str((next((f for f in folders if (f / image).exists()), folders[0]) / image).absolute())
+    return {"image": image, "class": modality.lower()}
+
+
+def entries_of(datalist: Datalist, split: str, path: str | Path) -> list[dict[str, str]]:
+    """The entries of `split`; a UserError that names the datalist where there are none."""
+    if not datalist[split]:
+        raise UserError(f"{path}: the list {split!r} is empty or missing; add volumes to it")
+    return datalist[split]
+
+
+def load_split(json_data_list: str | Sequence[str], split: str, base_dir: str | None = None) -> list[dict[str, str]]:
+    """The entries of one split of a datalist, which must not be empty; relative paths are those under `base_dir`."""
+    path = json_data_list if isinstance(json_data_list, str) else json_data_list[0]
+    return entries_of(load(path, base_dir), split, path)
+
+
+def shared_volumes(datalist: Datalist) -> list[str]:
+    """Volumes that are in more than one split, or in one split twice, as sentences."""
+    owner: dict[str, str] = {}
+    found = []
+    for split, entries in datalist.items():
+        for entry in entries:
+            real = str(Path(entry["image"]).resolve())
+            if real in owner:
+                twice = f"is in {split} twice" if owner[real] == split else f"is in {owner[real]} and in {split}"
+                found.append(f"{entry['image']}: {twice}")
+            owner[real] = split
+    return found

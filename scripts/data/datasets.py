@@ -1,0 +1,179 @@
+"""What data loaders take: patches to train on, and whole volumes to validate and to use."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import torch
+from monai.transforms import ResizeWithPadOrCrop
+from torch.utils.data import Dataset
+
+from scripts.common.ranks import gather
+from scripts.data.intensity import Intensity
+from scripts.data.nifti import check_values, read_nifti, stem
+from scripts.data.patches import RandomPatch
+from scripts.data.store import BROKEN, Store, explain
+
+
+class PatchDataset(Dataset):
+    """One random patch of each volume; which one is a function of (seed, epoch, index) and of nothing else.
+
+    Args:
+        data: datalist entries.
+        transform: makes the patch of a volume and a random generator.
+        store: of the converted volumes; what is missing there is converted on first use.
+        seed: of all patches.
+    """
+
+    def __init__(self, data: Sequence[Mapping[str, str]], transform: RandomPatch, store: Store, seed: int = 0) -> None:
+        self.data, self.transform, self.store, self.seed = data, transform, store, seed
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def names(self) -> list[list[str]]:
+        """File name and class of each volume: what must not change while a training goes on; folders may."""
+        return [[Path(entry["image"]).name, entry["class"]] for entry in self.data]
+
+    def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any]:
+        """The patch of `(epoch, index)`, or of epoch 1 where only the index is given.
+
+        Returns:
+            `image`, (1, X, Y, Z) float32; `path`, the volume it comes from; and `error`: empty, or why that volume
+            cannot be read, `image` being NaN then.
+        """
+        epoch, index = key if isinstance(key, tuple) else (1, key)
+        entry, error = self.data[index], ""
+        rng = np.random.default_rng([self.seed, epoch, index])
+        try:
+            image = self.transform(self.store.open(entry), rng)
+        except BROKEN as problem:
+            image, error = torch.full((1, *self.transform.patch_size), torch.nan), explain(entry, problem)
+        return {"image": image, "path": entry["image"], "error": error}
+
+
+class WholeVolumeDataset(Dataset):
+    """Whole volumes in RAS, unscaled, each with what is needed to scale it and to write results in its geometry.
+
+    Args:
+        data: entries with `image`, the path, and perhaps `class` and `name`.
+    """
+
+    def __init__(self, data: Sequence[Mapping[str, str]]) -> None:
+        self.data = data
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """A volume.
+
+        Returns:
+            the entry's `image` (path), `class`, `name` and what else it has; and: `voxels`, (1, 1, X, Y, Z) int16 or
+            float32 in RAS; `affine` (4 x 4, mm) and `spacing` (mm) of that array; `intensity`, an `Intensity`. Instead
+            of these four, `error`, why the volume cannot be read.
+        """
+        entry = {"class": "ct", "name": stem(Path(self.data[index]["image"]).name), **self.data[index]}
+        try:
+            data, affine, intensity = self._read(entry)
+        except Exception as problem:  # whatever a broken file raises is the fault of this volume alone
+            return {**entry, "error": explain(entry, problem)}
+        spacing = nib.affines.voxel_sizes(affine).tolist()
+        voxels = torch.from_numpy(np.ascontiguousarray(data))[None, None]
+        return {**entry, "voxels": voxels, "affine": affine, "spacing": spacing, "intensity": intensity}
+
+    def _read(self, entry: Mapping[str, str]) -> tuple[np.ndarray, np.ndarray, Intensity]:
+        """Voxels, affine and intensity of an entry."""
+        raise NotImplementedError
+
+
+class Volumes(WholeVolumeDataset):
+    """Whole volumes as their files have them.
+
+    Args:
+        data: entries of `scripts.use.inputs.find`.
+        select_channel: of 4D MRI volumes.
+    """
+
+    def __init__(self, data: Sequence[Mapping[str, str]], select_channel: int = 0) -> None:
+        super().__init__(data)
+        self.select_channel = select_channel
+
+    def _read(self, entry: Mapping[str, str]) -> tuple[np.ndarray, np.ndarray, Intensity]:
+        data, affine = read_nifti(entry["image"], entry["class"], self.select_channel)
+        check_values(data, entry["image"], entry["class"])
+        return data, affine, Intensity.for_volume(data, entry["class"])
+
+
+class StoredVolumes(WholeVolumeDataset):
+    """Whole converted volumes, for validation.
+
+    Args:
+        data: datalist entries.
+        store: of the converted volumes; what is missing there is converted on first use.
+        patch_size: centre crop in voxels, padded with what normalises to 0 where the volume is smaller; None for the
+            whole volume.
+    """
+
+    def __init__(
+        self, data: Sequence[Mapping[str, str]], store: Store, patch_size: Sequence[int] | None = None
+    ) -> None:
+        super().__init__(data)
+        self.store, self.patch_size = store, patch_size
+
+    def voxels(self, index: int) -> int:
+        """How many voxels item `index` has."""
+        return math.prod(self.patch_size or self.store.open(self.data[index]).shape)
+
+    def _read(self, entry: Mapping[str, str]) -> tuple[np.ndarray, np.ndarray, Intensity]:
+        volume = self.store.open(entry)
+        data = volume.read([slice(0, n) for n in volume.shape])
+        if self.patch_size is not None:
+            crop = ResizeWithPadOrCrop(self.patch_size, constant_values=volume.intensity.window[0])
+            data = torch.as_tensor(crop(torch.from_numpy(data)[None]))[0].numpy().astype(data.dtype)
+        return data, volume.affine, volume.intensity
+
+
+class VolumeLoader:
+    """The volumes of one rank; the next one is read while this one is in use.
+
+    Args:
+        dataset: of all volumes.
+        skip: whether a volume, by its name, has its results already; None takes every volume.
+        rank: of this process.
+        num_ranks: among which the volumes are shared.
+
+    Attributes:
+        done: how many of all volumes are skipped.
+        indices: of this rank's volumes in the dataset.
+    """
+
+    def __init__(
+        self,
+        dataset: WholeVolumeDataset,
+        skip: Callable[[str], bool] | None = None,
+        rank: int = 0,
+        num_ranks: int = 1,
+    ) -> None:
+        self.dataset = dataset
+        missing = [i for i, entry in enumerate(dataset.data) if skip is None or not skip(entry["name"])]
+        missing = gather(missing)[0]  # as rank 0 sees it: another one may already be at work
+        self.done, self.indices = len(dataset) - len(missing), missing[rank::num_ranks]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        with ThreadPoolExecutor(1) as pool:
+            following = None
+            for index in (*self.indices, None):
+                current, following = following, None if index is None else pool.submit(self.dataset.__getitem__, index)
+                if current is not None:
+                    yield current.result()
+                    del current  # a whole volume, not to be held while the next one is read

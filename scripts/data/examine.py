@@ -1,0 +1,108 @@
+"""What is found out about volumes before they are used: headers, and whole volumes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import numpy as np
+from tqdm import tqdm
+
+from scripts.common.errors import UserError
+from scripts.data.datalist import entries_of, load, shared_volumes
+from scripts.data.intensity import CT_WINDOW
+from scripts.data.nifti import Header, check_values, read_header, read_nifti
+
+
+def check_headers(entries: Sequence[Mapping[str, str]], num_workers: int = 16, progress: bool = True) -> list[Header]:
+    """The headers of all entries, read in parallel.
+
+    Raises:
+        UserError: naming the first broken volume, and how many more there are.
+    """
+
+    def one(entry: Mapping[str, str]) -> Header | UserError:
+        try:
+            return read_header(entry["image"], entry["class"])
+        except UserError as error:
+            return error
+
+    with ThreadPoolExecutor(num_workers) as pool:
+        bar = tqdm(entries, desc="headers", unit="volume", leave=False, disable=not progress)
+        results = list(pool.map(one, bar))
+    broken = [r for r in results if isinstance(r, UserError)]
+    if broken:
+        more = f" ({len(broken) - 1} more; python -m scripts.datalist check lists them all)" if len(broken) > 1 else ""
+        raise UserError(f"{broken[0]}{more}")
+    return [r for r in results if isinstance(r, Header)]
+
+
+@dataclass
+class Findings:
+    """What `check` found out about one volume; `problems` stop training, `warnings` do not."""
+
+    text: str
+    problems: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+
+def examine(entry: Mapping[str, str]) -> Findings:
+    """Read one volume whole and describe it: size, spacing (mm), orientation, dtype, percentiles, window share."""
+    path, modality = entry["image"], entry["class"]
+    try:
+        header = read_header(path, modality)
+        data, _ = read_nifti(path, modality)
+        check_values(data, path, modality)
+    except UserError as error:
+        return Findings(f"{path}", problems=[str(error)])
+    low, median, high = np.percentile(data, (1, 50, 99))
+    outside = float(((data < CT_WINDOW[0]) | (data > CT_WINDOW[1])).mean())
+    size = " x ".join(map(str, header.shape))
+    spacing = " x ".join(f"{s:.3g}" for s in header.spacing)
+    report = Findings(
+        f"{path}  {modality}  {size}  {spacing} mm  {header.axcodes}  {header.dtype}  "
+        f"p1 {low:.0f}  p50 {median:.0f}  p99 {high:.0f}  outside window {outside:.1%}"
+    )
+    if modality == "ct":
+        if data.min() > -200:
+            report.warnings.append(f"{path}: minimum {data.min():.0f} HU, no air; is it rescaled to HU?")
+        if outside > 0.5:
+            report.warnings.append(f"{path}: {outside:.0%} of the voxels lie outside -1000..1000 HU")
+    if min(header.shape) < 16:
+        report.warnings.append(f"{path}: only {min(header.shape)} slices along one axis; patches will be padded")
+    return report
+
+
+def check(file: str, num_workers: int = 4, strict: bool = False, base_dir: str | None = None) -> None:
+    """Open every volume of the datalist FILE, report, and exit with status 1 where training would fail.
+
+    Args:
+        file: the datalist.
+        num_workers: volumes read at a time.
+        strict: let warnings fail as well.
+        base_dir: what relative paths are relative to (see `build --relative_to`).
+    """
+    datalist = load(file, base_dir)
+    entries_of(datalist, "training", file)
+    entries_of(datalist, "validation", file)
+    problems: list[str] = []
+    warnings = shared_volumes(datalist)
+    for split, entries in datalist.items():
+        if not entries:
+            continue
+        with ThreadPoolExecutor(num_workers) as pool:
+            reports = list(tqdm(pool.map(examine, entries), total=len(entries), desc=split, unit="volume"))
+        print(f"\n{split}: {len(entries)} volumes")
+        for report in reports:
+            print(f"  {report.text}")
+            problems += report.problems
+            warnings += report.warnings
+    for warning in warnings:
+        print(f"warning: {warning}")
+    for problem in problems:
+        print(f"problem: {problem}")
+    failed = problems + (warnings if strict else [])
+    print(f"{len(problems)} problems, {len(warnings)} warnings")
+    if failed:
+        raise UserError(f"{file}: {len(failed)} of its volumes would fail; first: {failed[0]}")

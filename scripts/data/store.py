@@ -1,0 +1,190 @@
+"""One chunked store on disk: each volume is converted once, and then read box by box.
+
+A conversion is a compressed Blosc2 array in the closest canonical orientation (RAS), int16 where that loses nothing
+and float32 otherwise, with affine and intensity window beside it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import shutil
+import uuid
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+
+import blosc2
+import nibabel as nib
+import numpy as np
+from tqdm import tqdm
+
+from scripts.common.errors import UserError, reason
+from scripts.data.intensity import Intensity
+from scripts.data.nifti import check_values, read_nifti
+
+blosc2.set_nthreads(1)  # parallelism comes from data-loader workers; a thread pool would not survive their fork
+
+FORMAT = 1  # raise when conversion changes, so that older conversions are not found any more
+# Chunks of 64^3 in blocks of 32^3: a random 96^3 box touches few blocks, and a whole volume still reads at full speed
+# (measured on 512 x 512 x 140 CT: docs/performance.md).
+CHUNK, BLOCK = 64, 32
+
+BROKEN = (OSError, RuntimeError, ValueError)  # what reading a damaged volume raises
+
+
+def explain(entry: Mapping[str, str], problem: Exception) -> str:
+    """Why a volume cannot be read, in one line that names it."""
+    if isinstance(problem, UserError) and entry["image"] in str(problem):
+        return " ".join(str(problem).split())
+    return f"{entry['image']}: cannot be read any more ({reason(problem)})"
+
+
+class Volume:
+    """A converted volume; opening costs 0.1 ms, reading decompresses only the blocks that a box touches.
+
+    Attributes:
+        shape: voxels along the RAS axes.
+        affine: 4 x 4, voxel index to mm in RAS+.
+        spacing: mm along the RAS axes.
+        intensity: how its intensities map to [0, 1].
+        modality: "ct" or "mri".
+    """
+
+    def __init__(self, path: str | Path, modality: str = "ct") -> None:
+        self._array = blosc2.open(str(path), mode="r")
+        meta = self._array.schunk.vlmeta["volume"]
+        self.shape: tuple[int, ...] = self._array.shape
+        self.affine = np.array(meta["affine"])
+        self.spacing = nib.affines.voxel_sizes(self.affine)
+        self.modality = modality
+        self.intensity = Intensity(tuple(meta["window"]), clip=modality == "ct")
+
+    def read(self, box: Sequence[slice]) -> np.ndarray:
+        """The voxels in `box` (three slices with start and stop), int16 or float32, unscaled."""
+        return self._array[tuple(box)]
+
+
+class Store:
+    """A folder of converted volumes, shared by all workers and ranks.
+
+    Args:
+        folder: where they lie; made when something is first converted.
+        select_channel: of 4D MRI volumes.
+    """
+
+    def __init__(self, folder: str | Path, select_channel: int = 0) -> None:
+        self.folder, self.select_channel = Path(folder), select_channel
+
+    def path(self, entry: Mapping[str, str]) -> Path:
+        """Where the conversion of an entry lies; another name once path, size, mtime or preprocessing change."""
+        source = Path(entry["image"]).absolute()
+        try:
+            status = source.stat()
+        except OSError as error:
+            raise UserError(f"{source}: {reason(error)}; correct the path") from error
+        modality = entry.get("class", "ct")
+        identity = [FORMAT, str(source), status.st_size, status.st_mtime_ns, modality, self.select_channel]
+        digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
+        return self.folder / f"{source.name.split('.nii')[0]}-{digest}.b2nd"
+
+    def open(self, entry: Mapping[str, str]) -> Volume:
+        """The volume of an entry, converted now if it was not before."""
+        return Volume(self.convert(entry), entry.get("class", "ct"))
+
+    def convert(self, entry: Mapping[str, str]) -> Path:
+        """Convert one volume unless that is done already; safe against other processes and against being killed.
+
+        Returns:
+            the path of the converted volume, written under another name first and then renamed.
+
+        Raises:
+            UserError: naming the file that cannot be converted, or the folder that cannot be written.
+        """
+        target = self.path(entry)
+        if target.exists():
+            return target
+        source, modality = entry["image"], entry.get("class", "ct")
+        data, affine = read_nifti(source, modality, self.select_channel)
+        check_values(data, source, modality)
+        try:
+            window = Intensity.for_volume(data, modality).window
+        except UserError as error:
+            raise UserError(f"{source}: {error}") from error
+        self._write(target, data, {"affine": affine.tolist(), "window": list(window), "source": str(source)})
+        return target
+
+    def _write(self, target: Path, data: np.ndarray, facts: Mapping[str, object]) -> None:
+        part = target.with_name(f".part-{uuid.uuid4().hex}.b2nd")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            array = blosc2.asarray(
+                np.ascontiguousarray(data),
+                urlpath=str(part),
+                mode="w",
+                chunks=tuple(min(CHUNK, n) for n in data.shape),
+                blocks=tuple(min(BLOCK, n) for n in data.shape),
+                cparams=blosc2.CParams(
+                    codec=blosc2.Codec.ZSTD, clevel=1, filters=[blosc2.Filter.SHUFFLE], typesize=data.dtype.itemsize
+                ),
+            )
+            array.schunk.vlmeta["volume"] = dict(facts)
+            del array
+            part.replace(target)
+        except (OSError, RuntimeError) as error:  # Blosc2 raises RuntimeError where the disk is full
+            raise UserError(
+                f"{self.folder}: cannot write the converted {facts['source']} ({reason(error)}); free space there, or "
+                "set store_dir to another folder"
+            ) from error
+        finally:
+            part.unlink(missing_ok=True)
+
+    def convert_missing(self, entries: Sequence[Mapping[str, str]], num_workers: int = 4, progress: bool = True) -> int:
+        """Convert what is missing of `entries`, in `num_workers` processes.
+
+        Returns:
+            how many volumes were converted.
+
+        Raises:
+            UserError: naming the first volume that cannot be converted, or the disk that is too small.
+        """
+        wanted = {entry["image"]: entry for entry in entries}
+        missing = [entry for entry in wanted.values() if not self.path(entry).exists()]
+        if not missing:
+            return 0
+        self._check_disk([entry["image"] for entry in missing], progress)
+        bar = tqdm(total=len(missing), desc="converting", unit="volume", disable=not progress)
+        workers = max(1, min(num_workers, len(missing)))
+        with bar, ProcessPoolExecutor(workers, multiprocessing.get_context("fork")) as pool:
+            jobs = {pool.submit(self.convert, entry): entry["image"] for entry in missing}
+            for job in as_completed(jobs):
+                try:
+                    job.result()
+                except BrokenProcessPool as error:
+                    raise UserError(
+                        f"{jobs[job]}: a conversion process was killed, most likely for lack of memory; "
+                        f"lower num_workers (now {num_workers})"
+                    ) from error
+                except BaseException:
+                    pool.shutdown(wait=True, cancel_futures=True)
+                    raise
+                bar.update()
+        return len(missing)
+
+    def _check_disk(self, sources: Sequence[str], progress: bool) -> None:
+        # A conversion takes 0.75 to 1.1 times its .nii.gz; an uncompressed .nii shrinks to about a half.
+        need = sum(Path(p).stat().st_size * (1.1 if p.endswith(".gz") else 0.6) for p in sources)
+        folder = self.folder.absolute()
+        free = shutil.disk_usage(next(f for f in (folder, *folder.parents) if f.exists())).free
+        if progress:
+            print(
+                f"{len(sources)} volumes to convert into {self.folder}: about {need / 1e9:.2f} GB, "
+                f"free {free / 1e9:.1f} GB"
+            )
+        if need > free:
+            raise UserError(
+                f"{self.folder}: converting needs about {need / 1e9:.2f} GB, but {free / 1e9:.2f} GB is free; "
+                "set store_dir to a larger disk"
+            )

@@ -1,0 +1,119 @@
+"""Pictures of volumes: central planes, and an original beside its reconstruction."""
+
+from __future__ import annotations
+
+from base64 import b64encode
+from collections.abc import Callable, Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from PIL import Image
+
+from scripts.common.files import whole
+
+
+def _planes(volume: np.ndarray) -> list[np.ndarray]:
+    """The sagittal, coronal and axial plane through the centre of a RAS volume, head up, front up."""
+    middle = [n // 2 for n in volume.shape]
+    return [np.take(volume, middle[axis], axis)[:, ::-1].T for axis in range(3)]
+
+
+def three_planes(volume: np.ndarray) -> np.ndarray:
+    """The three central planes of (X, Y, Z) in [0, 1] side by side, padded to one height: (H, W) in [0, 1]."""
+    planes = _planes(volume)
+    height = max(p.shape[0] for p in planes)
+    padded = [np.pad(p, ((0, height - p.shape[0]), (0, 0))) for p in planes]
+    return np.clip(np.concatenate(padded, axis=1), 0, 1)
+
+
+def comparison_planes(
+    original: np.ndarray, reconstruction: np.ndarray, spacing: Sequence[float], intensity_range: float, height: int
+) -> dict[str, str]:
+    """Axial, coronal and sagittal plane side by side at one scale, as `data:` URIs of JPEG pictures.
+
+    Args:
+        original: (X, Y, Z) in RAS, normalised.
+        reconstruction: in the same shape.
+        spacing: mm along the axes.
+        intensity_range: what 1.0 is in HU.
+        height: of the pictures in pixels.
+
+    Returns:
+        `original` and `reconstruction` (0 to 0.7, for CT -1000 to 400 HU, black to white), `error` (blue below, red
+        above, full at 15 % of the range, 300 HU for CT).
+    """
+    extent = np.array(original.shape) * spacing
+    scale = height / max(extent[1], extent[2])
+    sizes = [[max(int(round(extent[i] * scale)), 1) for i in plane] for plane in ((0, 1), (0, 2), (1, 2))]
+
+    def strip(found: Sequence[np.ndarray], colour: Callable[[np.ndarray], np.ndarray]) -> str:
+        planes = [Image.fromarray(colour(p)) for p in reversed(found)]
+        gap = max(height // 48, 2)
+        canvas = Image.new(planes[0].mode, (sum(w for w, _ in sizes) + 2 * gap, height))
+        left = 0
+        for plane, size in zip(planes, sizes, strict=True):
+            canvas.paste(plane.resize(size, Image.Resampling.LANCZOS), (left, (height - size[1]) // 2))
+            left += size[0] + gap
+        encoded = BytesIO()
+        canvas.save(encoded, "JPEG", quality=88)
+        return f"data:image/jpeg;base64,{b64encode(encoded.getvalue()).decode()}"
+
+    def gray(plane: np.ndarray) -> np.ndarray:
+        return (np.clip(plane / 0.7, 0, 1) * 255).astype(np.uint8)
+
+    def diverging(plane: np.ndarray) -> np.ndarray:
+        return colormaps["berlin"](0.5 + plane / (0.3 * intensity_range), bytes=True)[..., :3]
+
+    ours, theirs = _planes(reconstruction), _planes(original)
+    error = [(a - b) * intensity_range for a, b in zip(ours, theirs, strict=True)]
+    pictures = (("original", theirs, gray), ("reconstruction", ours, gray), ("error", error, diverging))
+    return {name: strip(planes, colour) for name, planes, colour in pictures}
+
+
+def save_comparison(
+    original: np.ndarray,
+    reconstruction: np.ndarray,
+    spacing: Sequence[float],
+    path: Path,
+    title: str,
+    intensity_range: float = 2000.0,
+) -> None:
+    """A PNG of original, reconstruction and error (HU), sagittal, coronal and axial.
+
+    Args:
+        original: (X, Y, Z) in RAS, in [0, 1] for -1000..1000 HU.
+        reconstruction: in the same shape.
+        spacing: mm along the axes.
+        path: of the PNG.
+        title: above the picture.
+        intensity_range: what 1.0 is in HU.
+    """
+    ours, theirs = _planes(reconstruction), _planes(original)
+    columns = (theirs, ours, [(a - b) * intensity_range for a, b in zip(ours, theirs, strict=True)])
+    scales: Sequence[dict[str, Any]] = (
+        {"cmap": "gray", "vmin": 0.0, "vmax": 0.7},
+        {"cmap": "gray", "vmin": 0.0, "vmax": 0.7},
+        {"cmap": "RdBu_r", "vmin": -0.15 * intensity_range, "vmax": 0.15 * intensity_range},
+    )
+    aspects = (spacing[2] / spacing[1], spacing[2] / spacing[0], spacing[1] / spacing[0])
+    figure = Figure(figsize=(9, 9), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(3, 3)
+    names = ("original", "reconstruction", "error (HU)")
+    for column, (planes, scale, name) in enumerate(zip(columns, scales, names, strict=True)):
+        for row, (plane, label) in enumerate(zip(planes, ("sagittal", "coronal", "axial"), strict=True)):
+            picture = axes[row, column].imshow(plane, aspect=aspects[row], **scale)
+            axes[row, column].set(xticks=[], yticks=[])
+            if column == 0:
+                axes[row, column].set_ylabel(label)
+        axes[0, column].set_title(name)
+    figure.colorbar(picture, ax=axes[:, 2], shrink=0.6)
+    window = "-1000..400 HU" if intensity_range == 2000 else "0..70 % of the range"
+    figure.suptitle(f"{title}, window {window}", parse_math=False)
+    with whole(path) as part:
+        figure.savefig(part, dpi=100, format="png")

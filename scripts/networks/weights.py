@@ -1,0 +1,143 @@
+"""Weights in and out of files, and which file to use."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import ignite.distributed as idist
+import torch
+from torch import nn
+
+from scripts.common.errors import UserError
+from scripts.common.files import whole
+
+logger = logging.getLogger(__name__)
+
+AUTOENCODER, BEST, RELEASED = "autoencoder.pt", "autoencoder_best_epoch{}.pt", "model.pt"
+
+
+def save_weights(network: nn.Module, path: str | Path) -> None:
+    """Write a plain float32 state dict, which MONAI's own network loads with `strict=True`; never half a file."""
+    write_tensors({name: tensor.detach().float().cpu() for name, tensor in network.state_dict().items()}, path)
+
+
+def write_tensors(content: dict[str, Any], path: str | Path) -> None:
+    """`torch.save`, to the disk: there is always the whole old file or the whole new one."""
+    with whole(path, "free space or choose another model_dir") as part, part.open("wb") as file:
+        torch.save(content, file)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
+    """The state dict in a weights file, plain or under `unet_state_dict` (as MAISI's releases come).
+
+    Raises:
+        UserError: where the file is missing, damaged, or holds anything but tensors.
+    """
+    return _state(_content(path), path)
+
+
+def _content(path: str | Path) -> bytes:
+    if not Path(path).is_file():
+        raise UserError(
+            f"{path}: no such weights file; correct trained_autoencoder_path, or set finetune to false in a training"
+        )
+    return Path(path).read_bytes()
+
+
+def _state(content: bytes, path: str | Path) -> dict[str, torch.Tensor]:
+    try:
+        state = torch.load(BytesIO(content), map_location="cpu", weights_only=True)
+    except Exception as error:
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(f"{path}: is damaged or holds more than tensors, so it is not loaded ({reason})") from error
+    if isinstance(state, dict) and "unet_state_dict" in state:
+        state = state["unet_state_dict"]
+    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
+        raise UserError(f"{path}: holds no plain state dict of tensors; save network.state_dict()")
+    return {name.removeprefix("module."): tensor for name, tensor in state.items()}
+
+
+def load_weights(network: nn.Module, path: str | Path) -> str:
+    """Load weights, strictly; the file is read once, since a training may replace it.
+
+    Returns:
+        the file's SHA-256, hexadecimal.
+
+    Raises:
+        UserError: naming the first parameter that is missing, unknown or of another shape.
+    """
+    content = _content(path)
+    state = _state(content, path)
+    check_weights(network, state, path)
+    network.load_state_dict(state)
+    logger.info("weights loaded from %s", path)
+    return hashlib.sha256(content).hexdigest()
+
+
+def check_weights(network: nn.Module, state: dict[str, torch.Tensor], path: str | Path) -> None:
+    """Raise a UserError that names the first parameter of `state` that is missing, unknown or of another shape."""
+    own = network.state_dict()
+    for name, tensor in own.items():
+        if name in state and state[name].shape != tensor.shape:
+            raise UserError(
+                f"{path}: {name} is {tuple(state[name].shape)}, but the network's is {tuple(tensor.shape)}; "
+                "use weights of this architecture, or the network definition of these weights (autoencoder_def)"
+            )
+    missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    if missing or unknown:
+        what = f"lacks {missing[0]}" if missing else f"has {unknown[0]}, which the network lacks"
+        raise UserError(f"{path}: {what} (weights of another architecture); correct the path or autoencoder_def")
+
+
+class Weights:
+    """The weights that a workflow uses: given ones, or else what a training left in `model_dir`.
+
+    Args:
+        network: takes them, strictly. One without parameters needs none.
+        model_dir: searched where no path is given: the newest of `autoencoder_best_epoch*.pt`, else
+            `autoencoder.pt`, else `model.pt` (the released weights).
+        trained_autoencoder_path: the file to use, or None.
+
+    Attributes:
+        network: with the weights in it.
+        path: of the file; None where the network has no parameters.
+        sha256: of the file, hexadecimal.
+
+    Raises:
+        UserError: where there is no such file, or it does not fit the network.
+    """
+
+    def __init__(self, network: nn.Module, model_dir: str | Path, trained_autoencoder_path: str | None = None) -> None:
+        self.network, self.path, self.sha256 = network, None, None
+        if not network.state_dict():
+            logger.info("the network has no parameters: no weights are loaded")
+            return
+        self.path = Path(trained_autoencoder_path) if trained_autoencoder_path else _newest(Path(model_dir))
+        self.sha256 = load_weights(network, self.path)
+        shares: Any = idist.all_gather(self.sha256)
+        if len(set(shares)) > 1:
+            raise UserError(f"{self.path}: the ranks read different weights; give trained_autoencoder_path")
+
+    def facts(self) -> dict[str, str | None]:
+        """What results are to say of the weights they come from."""
+        return {"weights": None if self.path is None else str(self.path), "weights_sha256": self.sha256}
+
+
+def _newest(folder: Path) -> Path:
+    best = sorted(folder.glob(BEST.format("*")), key=lambda path: (path.stat().st_mtime_ns, path.name))
+    candidates = [*best[-1:], folder / AUTOENCODER, folder / RELEASED]
+    for path in candidates:
+        if path.is_file():
+            return path
+    raise UserError(
+        f"{folder}: holds no weights ({BEST.format('*')}, {AUTOENCODER} or {RELEASED}); train first, give "
+        "trained_autoencoder_path, or fetch the released ones with python -m monai.bundle download_large_files "
+        "--bundle_path ."
+    )

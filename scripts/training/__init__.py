@@ -1,0 +1,1 @@
+"""One engine for all trainings, and what each adds to it; never imports use/."""

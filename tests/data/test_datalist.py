@@ -1,0 +1,149 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from scripts.common.errors import UserError
+from scripts.data.datalist import build, entries_of, load, load_split, shared_volumes
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> Path:
+    """Three folders of empty files, and six patients with three scans each in a fourth."""
+    for split, count in (("train", 4), ("val", 2), ("test", 1)):
+        (tmp_path / split).mkdir()
+        for i in range(count):
+            (tmp_path / split / f"CVAI-{i:03d}-tar.nii.gz").write_bytes(b"x" * (i + 1))
+        (tmp_path / split / "notes.txt").touch()
+    for patient in range(6):
+        for scan in range(3):
+            path = tmp_path / "all" / f"patient{patient}" / f"scan{scan}.nii.gz"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+    return tmp_path
+
+
+def test_build_from_three_folders(folders: Path, capsys) -> None:
+    output = folders / "out" / "datalist.json"
+    arguments = {f"{s}_dir": str(folders / s) for s in ("train", "val", "test")}
+    build(str(output), pattern="CVAI-*-tar.nii.gz", **arguments)
+    content = json.loads(output.read_text())
+    assert [len(content[s]) for s in ("training", "validation", "testing")] == [4, 2, 1]
+    assert content["training"][0] == {"image": str(folders / "train/CVAI-000-tar.nii.gz"), "class": "ct"}
+    images = [e["image"] for e in content["training"]]
+    assert images == sorted(images)
+    assert "training        4 files" in capsys.readouterr().out
+    first = output.read_bytes()
+    build(str(output), pattern="CVAI-*-tar.nii.gz", **arguments)
+    assert output.read_bytes() == first
+
+
+def test_build_splits_one_folder_by_patient(folders: Path) -> None:
+    output = folders / "datalist.json"
+    options = {"val_fraction": 0.17, "test_fraction": 0.17, "group_by": r"patient\d+"}
+    build(str(output), data_dir=str(folders / "all"), **options)
+    content = json.loads(output.read_text())
+    patients = {s: {Path(e["image"]).parent.name for e in entries} for s, entries in content.items()}
+    assert [len(patients[s]) for s in ("training", "validation", "testing")] == [4, 1, 1]
+    assert len(set.union(*patients.values())) == 6
+    assert sum(map(len, content.values())) == 18
+    build(str(folders / "other.json"), data_dir=str(folders / "all"), seed=1, **options)
+    assert (folders / "other.json").read_text() != output.read_text()
+
+
+def test_build_relative_paths_load_from_their_folder(folders: Path) -> None:
+    output = folders / "datalist.json"
+    build(str(output), train_dir=str(folders / "train"), val_dir=str(folders / "val"), relative_to=str(folders))
+    assert json.loads(output.read_text())["training"][1]["image"] == "train/CVAI-001-tar.nii.gz"
+    assert load(output)["training"][1]["image"] == str(folders / "train/CVAI-001-tar.nii.gz")
+
+
+def test_relative_paths_are_found_under_base_dir(folders: Path) -> None:
+    output = folders / "elsewhere" / "datalist.json"
+    build(str(output), data_dir=str(folders / "all"), relative_to=str(folders / "all"))
+    entry = load(output, folders / "all")["training"][0]["image"]
+    assert Path(entry).is_file() and Path(entry).is_absolute()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"data_dir": "nowhere"}, "nowhere: no such folder"),
+        ({"data_dir": "all", "pattern": "*.dcm"}, r"no file matches the pattern '\*\.dcm'"),
+        ({"data_dir": "all", "val_fraction": 0.7, "test_fraction": 0.4}, "leave no training data"),
+        ({"data_dir": "all", "train_dir": "train"}, "--data_dir excludes"),
+        ({"data_dir": "all", "group_by": "subject"}, "finds nothing in this path"),
+        ({"train_dir": "train"}, "give --train_dir and --val_dir"),
+        ({"train_dir": "train", "val_dir": "train"}, "is in training and in validation"),
+        ({"data_dir": "all", "modality": "pet"}, "'pet' is unknown"),
+        ({"data_dir": "all", "group_by": "patient", "val_fraction": 0.5}, "the training list would be empty"),
+    ],
+)
+def test_build_refuses(folders: Path, monkeypatch, options: dict, message: str) -> None:
+    monkeypatch.chdir(folders)
+    with pytest.raises(UserError, match=message):
+        build("datalist.json", **options)
+    assert not Path("datalist.json").exists()
+
+
+GOOD = {"image": "/a.nii.gz", "class": "ct"}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{training", "is not JSON"),
+        ([GOOD], "holds a list, not an object"),
+        ({"trainning": [GOOD]}, r"unknown list 'trainning' \(did you mean 'training'\?\)"),
+        ({"training": GOOD}, "'training' is a dict, not a list"),
+        ({"training": ["/a.nii.gz"]}, r"training\[0\] is a str, not an object"),
+        (
+            {"training": [GOOD, {"imge": "/a.nii.gz"}]},
+            r"training\[1\] has the unknown key 'imge' \(did you mean 'image'",
+        ),
+        ({"training": [{"image": "/a.nii.gz", "clas": "ct"}]}, "unknown key 'clas'"),
+        ({"training": [GOOD | {"age": 61}]}, "unknown key 'age'"),
+        ({"training": [GOOD], "name": "mine"}, "unknown list 'name'"),
+        ({"training": [{"class": "ct"}]}, "has no image path"),
+        ({"training": [{"image": 3}]}, "has no image path"),
+        ({"training": [{"image": "/a.nii.gz", "class": "pet"}]}, "has class 'pet'; use one of ct, mri"),
+    ],
+)
+def test_load_names_what_is_wrong(tmp_path: Path, content: object, message: str) -> None:
+    path = tmp_path / "datalist.json"
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    with pytest.raises(UserError, match=rf"datalist\.json: .*{message}"):
+        load(path)
+
+
+def test_load_fills_in_and_keeps(tmp_path: Path) -> None:
+    path = tmp_path / "datalist.json"
+    path.write_text(json.dumps({"training": [{"image": "/a.nii.gz", "class": "CT"}]}))
+    assert load(path) == {"training": [GOOD], "validation": [], "testing": []}
+    with pytest.raises(UserError, match="the list 'validation' is empty or missing"):
+        entries_of(load(path), "validation", path)
+    with pytest.raises(UserError, match="no such datalist"):
+        load(tmp_path / "nothing.json")
+
+
+def test_volumes_in_two_splits_are_found(datalist: Path) -> None:
+    splits = load(datalist)
+    assert shared_volumes(splits) == []
+    splits["validation"].append(splits["training"][0])
+    splits["validation"].append(splits["validation"][0])
+    assert len(shared_volumes(splits)) == 2
+
+
+def test_a_split_is_loaded_and_must_not_be_empty(datalist: Path) -> None:
+    assert [Path(e["image"]).name for e in load_split(str(datalist), "testing")] == [
+        "phantom 6.nii.gz",
+        "phantom 7.nii.gz",
+    ]
+    assert load_split([str(datalist)], "training") == load(datalist)["training"]
+    datalist.write_text(json.dumps({"training": [GOOD]}))
+    with pytest.raises(
+        UserError, match=r"datalist\.json: the list 'validation' is empty or missing; add volumes to it"
+    ):
+        load_split(str(datalist), "validation")

@@ -1,0 +1,87 @@
+"""Whatever stands in a datalist or a NIfTI header: it works, or ends in a sentence for the user."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from scripts.common.errors import UserError, last_line
+from scripts.data.datalist import entries_of, load
+from scripts.data.examine import examine
+from scripts.data.nifti import read_header, read_nifti
+
+FUZZ = settings(max_examples=200, deadline=5000, suppress_health_check=[HealthCheck.function_scoped_fixture])
+NAMES = st.sampled_from(["training", "validation", "testing", "trainin", "image", "class", "ct", "mri", "", "a.nii.gz"])
+TEXT = st.one_of(NAMES, st.text(max_size=8))
+JSON = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), TEXT),
+    lambda inner: st.one_of(st.lists(inner, max_size=4), st.dictionaries(TEXT, inner, max_size=4)),
+    max_leaves=12,
+)
+
+
+def assert_clear(error: UserError, culprit: str) -> None:
+    line = last_line(error)
+    assert line.startswith("error: ") and culprit in line and "\n" not in line
+
+
+@FUZZ
+@given(content=JSON)
+def test_any_json_is_a_datalist_or_refused_by_name(content: object, tmp_path: Path) -> None:
+    path = tmp_path / "fuzz.json"
+    path.write_text(json.dumps(content))
+    try:
+        datalist = load(path)
+        entries_of(datalist, "training", path)
+    except UserError as error:
+        assert_clear(error, "fuzz.json")
+    else:
+        assert all(set(entry) == {"image", "class"} for split in datalist.values() for entry in split)
+
+
+@FUZZ
+@given(content=st.binary(max_size=64))
+def test_any_bytes_are_a_datalist_or_refused_by_name(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "fuzz.json"
+    path.write_bytes(content)
+    try:
+        load(path)
+    except UserError as error:
+        assert_clear(error, "fuzz.json")
+
+
+def volume_bytes() -> bytes:
+    data = np.random.default_rng(0).integers(-1000, 1000, (5, 6, 7)).astype(np.int16)
+    return nib.Nifti1Image(data, np.diag([2.0, 2.0, 3.0, 1.0])).to_bytes()
+
+
+@FUZZ
+@given(
+    places=st.dictionaries(st.integers(0, 351), st.integers(0, 255), min_size=1, max_size=6),
+    keep=st.one_of(st.none(), st.integers(0, 800)),
+    compressed=st.booleans(),
+)
+def test_any_header_is_read_or_refused_by_name(
+    places: dict[int, int], keep: int | None, compressed: bool, tmp_path: Path
+) -> None:
+    content = bytearray(volume_bytes())
+    for place, value in places.items():
+        content[place] = value
+    path = tmp_path / ("fuzz.nii.gz" if compressed else "fuzz.nii")
+    path.write_bytes(gzip.compress(bytes(content[:keep])) if compressed else bytes(content[:keep]))
+    try:
+        header = read_header(path)
+        data, affine = read_nifti(path)
+    except UserError as error:
+        assert_clear(error, "fuzz.nii")
+    else:
+        assert sorted(data.shape) == sorted(header.shape) and np.isfinite(data).all() and affine.shape == (4, 4)
+        assert data.dtype in (np.int16, np.float32)
+    report = examine({"image": str(path), "class": "ct"})
+    assert all("fuzz.nii" in problem for problem in report.problems)

@@ -1,0 +1,281 @@
+"""What several tests share: small networks and volumes, workflows as a user starts them, processes to watch."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import multiprocessing
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import blosc2
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from monai.apps.generation.maisi.networks.autoencoderkl_maisi import AutoencoderKlMaisi
+from monai.bundle import ConfigWorkflow
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from scripts.common import errors
+from scripts.data.datalist import load
+from scripts.data.store import Store
+
+REAL_CT = Path(__file__).resolve().parents[2] / "shared" / "ct"
+SLURM = os.geteuid() == 0 and all(map(shutil.which, ("slurmctld", "slurmd", "munged")))
+
+# A network for whole workflows, as overrides of a config; and one whose levels differ, for tests of its parts.
+NETWORK = {"num_channels": [16, 16, 16], "num_res_blocks": [1, 1, 1], "norm_num_groups": 8}
+SMALL = {f"autoencoder_def#{key}": value for key, value in NETWORK.items()}
+STOCK = {
+    "spatial_dims": 3, "in_channels": 1, "out_channels": 1, "latent_channels": 4, "num_channels": [16, 32, 32],
+    "num_res_blocks": [1, 2, 1], "norm_num_groups": 8, "norm_eps": 1e-6, "attention_levels": [False, False, False],
+    "num_splits": 1, "dim_split": 1,
+}  # fmt: skip
+TRAIN, MULTI_GPU = Path("configs/train.json"), Path("configs/multi_gpu_train.json")
+LAYERS = f"['{TRAIN}','{MULTI_GPU}']"
+TINY: dict[str, Any] = {
+    **SMALL,
+    "discriminator_def#channels": 8,
+    "perceptual_pretrained": False,
+    "num_workers": 0,
+    "warmup_epochs": [],
+    "warmup_factors": [],
+    "autoencoder_train#patch_size": [32, 32, 32],
+    "autoencoder_train#val_sliding_window_patch_size": [32, 32, 32],
+    "autoencoder_train#n_epochs": 2,
+    "autoencoder_train#val_interval": 1,
+}
+
+
+# Volumes
+
+
+def save_nifti(path: Path, data: np.ndarray, affine: np.ndarray | None = None) -> Path:
+    affine = np.diag([2.0, 2.0, 2.5, 1.0]) if affine is None else affine
+    nib.save(nib.Nifti1Image(data, affine), path)
+    return path
+
+
+def oriented_affine(axcodes: str, spacing: tuple[float, float, float]) -> np.ndarray:
+    """An affine whose voxel axes point along `axcodes`, with an offset."""
+    affine = np.zeros((4, 4))
+    letters = {"R": (0, 1), "L": (0, -1), "A": (1, 1), "P": (1, -1), "S": (2, 1), "I": (2, -1)}
+    for axis, code in enumerate(axcodes):
+        world, sign = letters[code]
+        affine[world, axis] = sign * spacing[axis]
+    affine[:, 3] = [12.5, -30.0, 101.0, 1.0]
+    return affine
+
+
+def break_volume(datalist: Path, root: Path, nan: bool) -> str:
+    """Convert all volumes into `root/store`, then spoil the second training volume's conversion; returns its path."""
+    store, entries = Store(root / "store"), load(datalist)
+    store.convert_missing(entries["training"] + entries["validation"], progress=False)
+    stored = store.path(entries["training"][1])
+    if nan:
+        old = blosc2.open(str(stored))
+        facts, shape = old.schunk.vlmeta["volume"], old.shape
+        del old
+        stored.unlink()
+        data = np.full(shape, np.nan, np.float32)
+        array = blosc2.asarray(data, urlpath=str(stored), mode="w", chunks=(32, 32, 32), blocks=(16, 16, 16))
+        array.schunk.vlmeta["volume"] = facts
+    else:
+        stored.write_bytes(stored.read_bytes()[: stored.stat().st_size // 2])
+    return entries["training"][1]["image"]
+
+
+# Networks and their weights
+
+
+def stock_network(**changes: Any) -> AutoencoderKlMaisi:
+    torch.manual_seed(0)
+    network = AutoencoderKlMaisi(**{**STOCK, **changes})
+    for name, parameter in network.named_parameters():  # norms that are not the identity, biases that are not 0
+        if "norm" in name or "bias" in name or parameter.ndim == 1:
+            torch.nn.init.normal_(parameter, float("weight" in name), 0.3)
+    return network
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(t, b[n]) for n, t in a.items())
+
+
+class Attack:
+    """Runs code when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.path,)
+
+
+# Workflows in this process
+
+
+def workflow(name: str | Path | list[str], initialize: bool = True, **overrides: Any) -> ConfigWorkflow:
+    """That of a config, by its name or its files, as a user would start it."""
+    files = f"configs/{name}.json" if isinstance(name, str) and not name.endswith(".json") else name
+    kind = "train" if "train" in str(files) else "infer"
+    started = ConfigWorkflow(files, workflow_type=kind, logging_file=False, **overrides)
+    if initialize:
+        started.initialize()
+    return started
+
+
+def run(name: str | Path | list[str], **overrides: Any) -> ConfigWorkflow:
+    started = workflow(name, **overrides)
+    started.run()
+    started.finalize()
+    return started
+
+
+def last_line_of(name: str | Path | list[str], **overrides: Any) -> str:
+    """What a workflow that must fail ends with."""
+    with pytest.raises(Exception) as caught:  # noqa: B017, PT011 (MONAI wraps it)
+        run(name, **overrides)
+    return errors.last_line(caught.value)
+
+
+def folders(root: Path, datalist: Path) -> dict[str, str]:
+    names = {"model_dir": "models", "output_dir": "outputs", "tfevent_path": "outputs/tfevent_ct", "store_dir": "store"}
+    return {key: str(root / name) for key, name in names.items()} | {"json_data_list": str(datalist)}
+
+
+def scalars(folder: Path) -> EventAccumulator:
+    return EventAccumulator(str(folder)).Reload()
+
+
+# Workflows in other processes
+
+
+def words(overrides: dict[str, Any]) -> list[str]:
+    return [word for key, value in overrides.items() for word in (f"--{key}", str(value))]
+
+
+def torchrun(ranks: int, *command: str) -> list[str]:
+    launcher = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"]
+    return [*launcher, f"--nproc_per_node={ranks}", *command]
+
+
+def call(command: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
+    environment = {"OMP_NUM_THREADS": "1"} | environment
+    return subprocess.run(command, capture_output=True, text=True, env=os.environ | environment, timeout=300)
+
+
+def printed_last(done: subprocess.CompletedProcess[str]) -> str:
+    return done.stderr.strip().splitlines()[-1]
+
+
+def processes(word: str) -> dict[int, dict[str, str]]:
+    """Running processes with `word` in their command line: their environments."""
+    found = {}
+    for folder in Path("/proc").iterdir():
+        try:
+            if folder.name.isdigit() and word in (folder / "cmdline").read_bytes().decode(errors="replace"):
+                pairs = (folder / "environ").read_bytes().decode(errors="replace").split("\0")
+                found[int(folder.name)] = dict(p.split("=", 1) for p in pairs if "=" in p)
+        except OSError:
+            continue
+    return found
+
+
+def guide_files(root: Path, datalist: Path, **environment: Any) -> list[str]:
+    """configs/train.json, and the guide's environment, network and training files over it, made small."""
+    network = {
+        "spatial_dims": 3, "image_channels": 1, "latent_channels": 4, "include_body_region": False,
+        "autoencoder_def": {
+            **json.loads(TRAIN.read_text())["autoencoder_def"], **NETWORK, "norm_float16": True, "num_splits": 4,
+        },
+        "diffusion_unet_def": {"_target_": "not.there", "in_channels": "@latent_channels"},
+    }  # fmt: skip
+    network["autoencoder_def"].pop("save_mem")
+    training = {key: json.loads(TRAIN.read_text())[key] for key in ("data_option", "autoencoder_train")}
+    training["autoencoder_train"] |= {
+        "patch_size": [32, 32, 32], "val_sliding_window_patch_size": [32, 32, 32], "n_epochs": 1, "val_interval": 1,
+    }  # fmt: skip
+    environment = {
+        "model_dir": str(root / "my models"),
+        "tfevent_path": str(root / "events"),
+        "trained_autoencoder_path": None,
+        "finetune": False,
+        "json_data_list": str(datalist),
+    } | environment
+    files = {"env.json": environment, "network.json": network, "training.json": training}
+    for name, content in files.items():
+        (root / name).write_text(json.dumps(content))
+    return [str(TRAIN), *(str(root / name) for name in files)]
+
+
+# Processes that begin where this one's imports ended: a server that has imported everything forks them.
+
+_SERVER = multiprocessing.get_context("forkserver")
+_SERVER.set_forkserver_preload(["pytest", "monai.bundle", "tests.helpers", "tests.training.toy"])
+
+
+def start(function: Callable[..., Any], *arguments: Any, log: Path, **environment: str) -> Any:
+    """Start `function` in a session of its own, with what it prints in `log`; it ends as a program would."""
+    process = _SERVER.Process(target=_child, args=(function, arguments, log, environment))
+    process.start()
+    return process
+
+
+def _child(function: Callable[..., Any], arguments: tuple, log: Path, environment: dict[str, str]) -> None:
+    os.setsid()
+    stream = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(stream, 1)
+    os.dup2(stream, 2)
+    os.environ |= environment
+    logging.basicConfig(level=logging.INFO, stream=sys.stdout, force=True)
+    try:
+        function(*arguments)
+    except Exception:
+        sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
+        sys.exit(1)
+
+
+def start_ranks(count: int, function: Callable[..., Any], *arguments: Any, log: Path) -> list[Any]:
+    """The same as `count` ranks of one group, without torchrun."""
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        port = str(probe.getsockname()[1])
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+    if count == 1:
+        return [start(function, *arguments, log=log)]
+    ranks = [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
+    return [start(function, *arguments, log=log, **environment) for environment in ranks]
+
+
+def finish(processes: list[Any], log: Path, status: int = 0) -> str:
+    """Wait until all have ended with `status`; what they printed."""
+    for process in processes:
+        process.join(300)
+    printed = log.read_text()
+    assert [process.exitcode for process in processes] == [status] * len(processes), printed[-3000:]
+    return printed
+
+
+def kill(processes: list[Any], number: signal.Signals = signal.SIGKILL) -> None:
+    """Send a signal to all, and to the data-loader workers that they have started."""
+    for process in processes:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+
+
+def until(condition: Callable[[], bool], processes: list[Any], seconds: float = 120) -> None:
+    """Wait until `condition` holds or one of the processes has ended."""
+    limit = time.monotonic() + seconds
+    while not condition() and all(process.exitcode is None for process in processes):
+        assert time.monotonic() < limit
+        time.sleep(0.02)

@@ -1,0 +1,92 @@
+"""configs/evaluate.json: its numbers against scikit-image, and the files that it leaves."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+
+from scripts.measure.metrics import TISSUES
+from scripts.use.report import PUBLISHED
+from tests.conftest import SMALL, run
+from tests.test_losses import weight_files  # noqa: F401 (a fixture)
+
+
+@pytest.fixture
+def options(weights: Path, datalist: Path, tmp_path: Path) -> dict[str, Any]:
+    places = {"output_dir": str(tmp_path / "out"), "model_dir": str(weights.parent), "dataset_dir": str(datalist)}
+    return places | SMALL | {"val_sliding_window_patch_size": [32, 32, 32]}
+
+
+def test_numbers_are_those_of_the_reconstructions(options: dict[str, Any], datalist: Path, tmp_path: Path) -> None:
+    started = run("evaluate", **options)
+    assert started.check_properties() == []
+    run("inference", **options | {"output_dir": str(tmp_path / "recon"), "splits": ["testing"]})
+    with (tmp_path / "out" / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    entries = json.loads(datalist.read_text())["testing"]
+    assert [row["path"] for row in rows] == [entry["image"] for entry in entries]
+    for row in rows:
+        x = np.clip(np.asarray(nib.load(row["path"]).dataobj, float), -1000, 1000)
+        y = np.asarray(nib.load(tmp_path / "recon" / f"{row['name']}_recon.nii.gz").dataobj, float)
+        error = np.abs(y - x)
+        assert float(row["psnr"]) == pytest.approx(peak_signal_noise_ratio(x, y, data_range=2000), abs=1e-3)
+        ssim = structural_similarity(
+            (x + 1000) / 2000, (y + 1000) / 2000, gaussian_weights=True, use_sample_covariance=False, data_range=1
+        )
+        assert float(row["ssim"]) == pytest.approx(ssim, abs=1e-3)
+        assert float(row["mae_hu"]) == pytest.approx(error.mean(), rel=1e-3)
+        assert float(row["rmse_hu"]) == pytest.approx(np.sqrt((error**2).mean()), rel=1e-3)
+        for tissue, (low, high) in TISSUES.items():
+            inside = (x >= low) & (x < high)
+            assert float(row[f"mae_hu_{tissue}"]) == pytest.approx(error[inside].mean(), rel=1e-3)
+        assert row["lpips"] == "" and row["size"] == "40x36x44" and row["spacing_mm"] == "8x8x9"
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    for name in ("psnr", "ssim", "mae_hu", "rmse_hu", "mae_hu_bone"):
+        values = [float(row[name]) for row in rows]
+        wanted = {"mean": np.mean(values), "std": np.std(values), "count": 2}
+        assert summary["metrics"][name] == pytest.approx(wanted)
+    assert "lpips" not in summary["metrics"] and summary["failed"] == [] and summary["volumes"] == 2
+
+
+def test_the_report_shows_every_case_and_needs_no_other_file(options: dict[str, Any], tmp_path: Path) -> None:
+    run("evaluate", **options | {"splits": ["validation", "testing"]})
+    out = tmp_path / "out"
+    page = (out / "report.html").read_text()
+    for number in (4, 5, 6, 7):
+        assert page.count(f"<h3>phantom {number}<small>40 × 36 × 44 voxels, 8 × 8 × 9 mm</small></h3>") == 1
+        assert (out / "pictures" / f"phantom {number}.png").stat().st_size > 10000
+    assert page.count('src="data:image/jpeg;base64,') == 4 * 3
+    assert "http" not in page and "href" not in page and "$" not in page
+    table = (out / "summary.md").read_text()
+    assert all(f" {name} |" in table for name in PUBLISHED) and "| 37.27 | 36.56 |" in table
+    statistics = json.loads((out / "latent_stats.json").read_text())
+    assert statistics["count"] == 4 * (10 * 9 * 11) * 4 and statistics["volumes"] == 4
+
+
+def test_lpips_is_measured_where_its_weights_are(
+    options: dict[str, Any],
+    tmp_path: Path,
+    weight_files: dict[str, Path],  # noqa: F811
+) -> None:
+    run("evaluate", **options, **{f"perceptual_{key}": str(path) for key, path in weight_files.items()})
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["metrics"]["lpips"]["count"] == 2 and summary["metrics"]["lpips"]["mean"] > 0
+
+
+def test_a_broken_volume_is_reported_and_the_others_count(options: dict[str, Any], tmp_path: Path, phantoms) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / "good.nii.gz").write_bytes(phantoms[0].read_bytes())
+    (folder / "bad.nii.gz").write_bytes(phantoms[0].read_bytes()[:-3000])
+    with pytest.raises(Exception, match="evaluator"):
+        run("evaluate", **options | {"dataset_dir": str(folder)})
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["volumes"] == 1 and "bad.nii.gz: is truncated" in summary["failed"][0]
+    assert "Could not be evaluated" in (tmp_path / "out" / "report.html").read_text()
