@@ -233,6 +233,7 @@ def start(function: Callable[..., Any], *arguments: Any, log: Path, **environmen
 
 def _child(function: Callable[..., Any], arguments: tuple, log: Path, environment: dict[str, str]) -> None:
     os.setsid()
+    multiprocessing.set_start_method("fork", force=True)  # for data-loader workers, as in a program of its own
     stream = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(stream, 1)
     os.dup2(stream, 2)

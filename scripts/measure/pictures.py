@@ -23,6 +23,15 @@ def _planes(volume: np.ndarray) -> list[np.ndarray]:
     return [np.take(volume, middle[axis], axis)[:, ::-1].T for axis in range(3)]
 
 
+def _compared(
+    original: np.ndarray, reconstruction: np.ndarray, intensity_range: float
+) -> dict[str, list[np.ndarray]]:
+    """The three central planes of `original`, `reconstruction` and their `error` (in HU)."""
+    theirs, ours = _planes(original), _planes(reconstruction)
+    errors = [(a - b) * intensity_range for a, b in zip(ours, theirs, strict=True)]
+    return {"original": theirs, "reconstruction": ours, "error": errors}
+
+
 def three_planes(volume: np.ndarray) -> np.ndarray:
     """The three central planes of (X, Y, Z) in [0, 1] side by side, padded to one height: (H, W) in [0, 1]."""
     planes = _planes(volume)
@@ -69,10 +78,9 @@ def comparison_planes(
     def diverging(plane: np.ndarray) -> np.ndarray:
         return colormaps["berlin"](0.5 + plane / (0.3 * intensity_range), bytes=True)[..., :3]
 
-    ours, theirs = _planes(reconstruction), _planes(original)
-    error = [(a - b) * intensity_range for a, b in zip(ours, theirs, strict=True)]
-    pictures = (("original", theirs, gray), ("reconstruction", ours, gray), ("error", error, diverging))
-    return {name: strip(planes, colour) for name, planes, colour in pictures}
+    colours = {"original": gray, "reconstruction": gray, "error": diverging}
+    compared = _compared(original, reconstruction, intensity_range)
+    return {name: strip(planes, colours[name]) for name, planes in compared.items()}
 
 
 def save_comparison(
@@ -93,25 +101,20 @@ def save_comparison(
         title: above the picture.
         intensity_range: what 1.0 is in HU.
     """
-    ours, theirs = _planes(reconstruction), _planes(original)
-    columns = (theirs, ours, [(a - b) * intensity_range for a, b in zip(ours, theirs, strict=True)])
-    scales: Sequence[dict[str, Any]] = (
-        {"cmap": "gray", "vmin": 0.0, "vmax": 0.7},
-        {"cmap": "gray", "vmin": 0.0, "vmax": 0.7},
-        {"cmap": "RdBu_r", "vmin": -0.15 * intensity_range, "vmax": 0.15 * intensity_range},
-    )
+    gray = {"cmap": "gray", "vmin": 0.0, "vmax": 0.7}
+    diverging = {"cmap": "RdBu_r", "vmin": -0.15 * intensity_range, "vmax": 0.15 * intensity_range}
+    scales: dict[str, dict[str, Any]] = {"original": gray, "reconstruction": gray, "error": diverging}
     aspects = (spacing[2] / spacing[1], spacing[2] / spacing[0], spacing[1] / spacing[0])
     figure = Figure(figsize=(9, 9), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(3, 3)
-    names = ("original", "reconstruction", "error (HU)")
-    for column, (planes, scale, name) in enumerate(zip(columns, scales, names, strict=True)):
+    for column, (name, planes) in enumerate(_compared(original, reconstruction, intensity_range).items()):
         for row, (plane, label) in enumerate(zip(planes, ("sagittal", "coronal", "axial"), strict=True)):
-            picture = axes[row, column].imshow(plane, aspect=aspects[row], **scale)
+            picture = axes[row, column].imshow(plane, aspect=aspects[row], **scales[name])
             axes[row, column].set(xticks=[], yticks=[])
             if column == 0:
                 axes[row, column].set_ylabel(label)
-        axes[0, column].set_title(name)
+        axes[0, column].set_title(f"{name} (HU)" if name == "error" else name)
     figure.colorbar(picture, ax=axes[:, 2], shrink=0.6)
     window = "-1000..400 HU" if intensity_range == 2000 else "0..70 % of the range"
     figure.suptitle(f"{title}, window {window}", parse_math=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import threading
@@ -23,10 +24,10 @@ def shield(worker_id: int) -> None:
     SIGTERM of the parent, by which PyTorch ends a worker, still does.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    parent = os.getppid()
+    parent: Any = multiprocessing.parent_process()  # os.getppid() would be the server, where a fork server is used
 
     def wait() -> None:
-        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent and os.getppid() == parent:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent.pid and parent.is_alive():
             pass
         os._exit(0)
 

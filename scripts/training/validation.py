@@ -1,4 +1,4 @@
-"""The autoencoder on whole held-out volumes: reconstructed from the posterior mean, window by window, and measured."""
+"""Whole-volume validation of an autoencoder: reconstruct from the posterior mean, window by window, and measure."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from typing import Any
 import ignite.distributed as idist
 import numpy as np
 import torch
+from ignite.engine import Events
 from monai.transforms import CenterSpatialCrop
 from torch import nn
 
+from scripts.common import ranks
 from scripts.common.errors import UserError, available_memory
 from scripts.common.precision import autocast
-from scripts.common.ranks import gather
 from scripts.measure.latents import LatentHealth
 from scripts.measure.metrics import reconstruction_metrics
 from scripts.networks.whole_volumes import WholeVolumes
@@ -25,43 +26,50 @@ from scripts.networks.windows import joined, padded
 logger = logging.getLogger(__name__)
 
 # A training step costs 14.4 MFLOP a voxel with MAISI's [64, 128, 256], a forward pass 4.3.
-FORWARD_SHARE = 0.3
-BYTES = 4 * 8  # a voxel: volume, its windows, reconstruction, weights, and SSIM's: eight float32 at the most
-CENTRE = 96  # voxels along an axis that the adversarial losses are measured on: enough to watch, little to compute
-SMALLEST = 32  # that the discriminator's strides leave something of
+_FORWARD_SHARE = 0.3
+_BYTES = 4 * 8  # image, padded image, reconstruction, weights, and SSIM's: eight float32 a voxel
 
 
 @dataclass
 class Share:
-    """What one rank found out."""
+    """What one rank found out.
+
+    Attributes:
+        cases: losses and metrics of each volume.
+        latents: of all its volumes.
+        broken: why other volumes could not be read.
+    """
 
     cases: list[dict[str, float]] = field(default_factory=list)
-    broken: list[str] = field(default_factory=list)
     latents: LatentHealth = field(default_factory=LatentHealth)
-    interrupted: bool = False
+    broken: list[str] = field(default_factory=list)
 
 
 class VaeValidation(WholeVolumes):
     """Measures an autoencoder on whole volumes; `state.metrics` holds means over the volumes of all ranks.
 
     `loss` is that of the trainer's `VaeLoss` without the adversarial term; `psnr`, `ssim`, `mae_hu` and `rmse_hu` are
-    those of `reconstruction_metrics`, the rest is `LatentHealth`.
+    those of `reconstruction_metrics`, the rest is `LatentHealth`. CT is measured within its window, [0, 1].
 
     Args:
         generator_loss: a `VaeLoss`.
         discriminator: for `adv_loss` and `d_loss`, measured on the centre of each volume.
         adversarial_loss: called with (logits, target_is_real, for_discriminator).
+        amp: compute in `amp_dtype`.
         max_bad_volumes: how many volumes that cannot be read are passed over.
         kwargs: of `WholeVolumes`; the network has `reconstruct`.
 
     Attributes:
-        shown: original and reconstruction (X, Y, Z), normalised, and the spacing in mm, of this rank's first volume;
-            None where there is none, or once it was taken.
-        interrupted: whether the last run ended early, without metrics.
+        interrupted: whether the last validation was, on any rank; it has no metrics then.
+        shown: original and reconstruction of this rank's first volume, (X, Y, Z), normalised, and its spacing in mm;
+            for handlers, which may take it (set it to None). It is not kept beyond a validation.
     """
 
     remedy = "lower autoencoder_train#val_sliding_window_patch_size"
-    refuse_not_finite = False  # a network that is broken has metrics that say so
+    refuse_not_finite = False  # a validation that shows NaN ends no training: the weights may recover
+
+    interrupted = False
+    shown: tuple[np.ndarray, np.ndarray, list[float]] | None = None
 
     def __init__(
         self,
@@ -69,65 +77,59 @@ class VaeValidation(WholeVolumes):
         generator_loss: nn.Module,
         discriminator: nn.Module,
         adversarial_loss: nn.Module,
+        amp: bool = True,
         max_bad_volumes: int = 5,
         **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
+        super().__init__(amp=amp, **kwargs)
         self.generator_loss, self.max_bad_volumes = generator_loss, max_bad_volumes
         self.discriminator, self.adversarial_loss = discriminator, adversarial_loss
-        self.shown: tuple[np.ndarray, np.ndarray, list[float]] | None = None
-        self.share = Share()
-
-    @property
-    def interrupted(self) -> bool:
-        return self.share.interrupted
-
-    def interrupt(self) -> None:
-        """End this validation after the present volume, on all ranks, without metrics."""
-        self.share.interrupted = True
-        self.terminate_epoch()
+        self.add_event_handler(Events.COMPLETED, self._forget_shown)
 
     def start(self) -> None:
-        """Forget the last run."""
-        self.share, self.shown = Share(), None
-
-    def pass_over(self, why: str) -> None:
-        """Count a volume that cannot be read."""
-        self.share.broken.append(why)
+        """Forget the last validation."""
+        self.share, self.interrupted, self.shown = Share(), False, None
 
     def process(self, volume: dict[str, Any]) -> None:
-        """Measure one volume, on the device of the network."""
-        device, intensity = self.state.device, volume["intensity"]
-        reconstruction, mu, sigma = joined(self.slabs(volume, self.network.reconstruct))  # type: ignore[arg-type]
+        """Measure the reconstruction of one volume, and its latents."""
+        original, intensity = volume["intensity"].normalise(volume["voxels"]), volume["intensity"]
+        whole = joined(self.slabs(volume, self.network.reconstruct))  # type: ignore[arg-type]
+        reconstruction, mu, sigma = whole
         self.share.latents.update(mu, sigma)
-        original = intensity.normalise(volume["voxels"])
         if self.shown is None:
-            self.shown = (original[0, 0].numpy(), reconstruction[0, 0].numpy(), volume["spacing"])
-        on_device = [tensor.to(device) for tensor in (reconstruction, original, mu, sigma)]
+            self.shown = original[0, 0].numpy(), reconstruction[0, 0].numpy(), volume["spacing"]
+        device = self.state.device
+        ours, theirs, *latents = (tensor.to(device) for tensor in (reconstruction, original, mu, sigma))
         with autocast(device, self.dtype):
-            losses = self.generator_loss(*on_device)
-        losses |= self._adversarial(*on_device[:2])
-        losses["kl_per_element"] = losses["kl_loss"].double() / mu.numel()
-        clipped = reconstruction.clamp(0, 1) if intensity.clip else reconstruction
-        quality = reconstruction_metrics(clipped, original, intensity.range, device)
-        self.share.cases.append({name: float(value) for name, value in losses.items()} | quality)
+            losses = self.generator_loss(ours, theirs, *latents)
+        losses |= self._adversarial_losses(ours, theirs)
+        case = {name: float(value) for name, value in losses.items()}
+        case["kl_per_element"] = case["kl_loss"] / mu.numel()
+        measured = reconstruction.clamp(0, 1) if intensity.clip else reconstruction
+        self.share.cases.append(case | reconstruction_metrics(measured, original, intensity.range, device))
 
-    def _adversarial(self, reconstruction: torch.Tensor, original: torch.Tensor) -> dict[str, torch.Tensor]:
-        crop = CenterSpatialCrop([min(n, CENTRE) for n in original.shape[2:]])
-        both = torch.cat([torch.as_tensor(crop(t[0]))[None] for t in (reconstruction, original)])
-        fake, real = self.discriminator(padded(both, [SMALLEST] * 3))[-1].chunk(2)
+    def _adversarial_losses(self, reconstruction: torch.Tensor, image: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Those of the centre, at most 96 voxels wide: enough to watch, little to compute."""
+        crop = CenterSpatialCrop([min(n, 96) for n in image.shape[2:]])
+        both = torch.cat([torch.as_tensor(crop(volume[0]))[None] for volume in (reconstruction, image)])
+        both = padded(both, [32, 32, 32])  # of less the discriminator's strides leave nothing
+        fake, real = self.discriminator(both)[-1].chunk(2)
         d_loss = 0.5 * (self.adversarial_loss(fake, False, True) + self.adversarial_loss(real, True, True))
         return {"adv_loss": self.adversarial_loss(fake, True, False), "d_loss": d_loss}
 
+    def pass_over(self, why: str) -> None:
+        """Take note that a volume cannot be read; how many may be is known at the end."""
+        self.share.broken.append(why)
+
     def finish(self) -> None:
-        """Put `state.metrics` together, from all ranks; none where any of them was interrupted.
+        """Set `state.metrics`, on all ranks.
 
         Raises:
-            UserError: where too many volumes could not be read, or all.
+            UserError: where no volume could be measured, or more than `max_bad_volumes` could not.
         """
-        shares = gather(self.share)
-        self.share.interrupted = any(share.interrupted for share in shares)
         self.state.metrics = {}
+        self.interrupted = any(ranks.gather(self.interrupted))
+        shares = ranks.gather(self.share)
         if self.interrupted:
             return
         cases = [case for share in shares for case in share.cases]
@@ -137,24 +139,37 @@ class VaeValidation(WholeVolumes):
         if len(broken) > self.max_bad_volumes or not cases:
             raise UserError(
                 f"{len(broken)} volumes could not be validated (max_bad_volumes is {self.max_bad_volumes}), the last: "
-                f"{broken[-1] if broken else 'none'}; see python -m scripts.datalist check"
+                f"{broken[-1]}; see python -m scripts.datalist check"
             )
         self.state.metrics = {name: math.fsum(case[name] for case in cases) / len(cases) for name in cases[0]}
         self.state.metrics |= LatentHealth.merged([share.latents for share in shares]).compute()
 
-    def cost_rows(self, voxels: float) -> dict[str, str]:
-        """For the table of the start: what a validation takes of memory, and of time in steps of so many voxels."""
-        dataset: Any = self.data_loader.dataset  # type: ignore[union-attr]
-        sizes = [dataset.voxels(index) for index in range(len(dataset))]
-        memory, left = max(sizes) * BYTES, available_memory()
-        if 0 < left < memory:
+    def interrupt(self) -> None:
+        """End this validation after the present volume, on all ranks, without metrics."""
+        self.interrupted = True
+        self.terminate_epoch()
+
+    def cost_rows(self, samples_voxels: float) -> dict[str, str]:
+        """What a validation takes, for the table of what will run; a warning where this machine has less memory.
+
+        Args:
+            samples_voxels: of one training step, over all ranks.
+        """
+        volumes = self.data_loader.dataset  # type: ignore[union-attr]
+        voxels = [volumes.voxels(i) for i in range(len(volumes))]
+        memory = max(voxels) * _BYTES
+        if 0 < available_memory() < memory:
             print(
                 f"warning: validating the largest volume takes about {memory / 1e9:.1f} GB of memory, and "
-                f"{left / 1e9:.1f} GB is left; set autoencoder_train#val_patch_size",
+                f"{available_memory() / 1e9:.1f} GB is left; set autoencoder_train#val_patch_size",
                 file=sys.stderr,
             )
-        computed = sum(sizes) / (1 - self.inferer.overlap) ** 3  # overlapping windows go over voxels again
+        computed = sum(voxels) / (1 - self.inferer.overlap) ** 3  # windows that overlap compute a voxel repeatedly
+        steps = max(computed * _FORWARD_SHARE / samples_voxels, 1)
         return {
             "memory": f"about {memory / 1e9:.1f} GB on the host for the largest volume to validate",
-            "a validation": f"costs about {max(computed * FORWARD_SHARE / voxels, 1):.0f} training steps",
+            "a validation": f"costs about {steps:.0f} training steps",
         }
+
+    def _forget_shown(self, engine: Any) -> None:
+        self.shown = None  # on ranks whose handlers do not take it

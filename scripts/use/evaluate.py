@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-import ignite.distributed as idist
 
 from scripts.common.files import write_json, write_text
 from scripts.measure.latents import LatentHealth
@@ -15,8 +14,8 @@ from scripts.measure.metrics import reconstruction_metrics, tissue_errors
 from scripts.measure.pictures import comparison_planes, save_comparison
 from scripts.networks.lpips import PerceptualLoss
 from scripts.networks.windows import joined
-from scripts.use.reconstruct import VolumeEvaluator
-from scripts.use.report import html_report, markdown_table, metrics_csv, summarise
+from scripts.use.report import html_report, markdown, metrics_csv, summarise, table_of
+from scripts.use.workflow import VolumeWorkflow
 
 DEFINITIONS = {
     "range": "-1000 to 1000 HU are 0 to 1; both volumes are clipped to that (MRI: percentiles 0 and 99.5, not clipped)",
@@ -33,18 +32,31 @@ DEFINITIONS = {
 }
 
 
-class Evaluation(VolumeEvaluator):
+@dataclass
+class Findings:
+    """What one rank found out.
+
+    Attributes:
+        cases: of each volume `name`, `path`, `size`, `spacing`, `metrics` and `planes` (pictures for the page).
+        latents: of all its volumes.
+    """
+
+    cases: list[dict[str, Any]] = field(default_factory=list)
+    latents: LatentHealth = field(default_factory=LatentHealth)
+
+
+class Evaluation(VolumeWorkflow):
     """Writes `metrics.csv`, `summary.json`, `summary.md`, `latent_stats.json`, `report.html` and a picture a case.
 
     Args:
-        output_dir: where to.
+        output_dir: folder of these.
         facts: of the weights, as `Weights.facts` gives them.
         bundle_version: recorded in the summary.
         lpips: measures slices; None leaves LPIPS out.
-        kwargs: of `VolumeEvaluator`; the network has `reconstruct`.
+        kwargs: of `WholeVolumes`; the network has `reconstruct`.
     """
 
-    participle = "evaluated"
+    verb = "evaluated"
 
     def __init__(
         self,
@@ -59,13 +71,18 @@ class Evaluation(VolumeEvaluator):
         self.folder, self.facts, self.lpips = Path(output_dir), {**facts, "bundle_version": bundle_version}, lpips
 
     def start(self) -> None:
-        self.cases: list[dict[str, Any]] = []
-        self.latents = LatentHealth()
+        """Forget what an earlier run found out."""
+        self.found = Findings()
+
+    def findings(self) -> Findings:
+        """What this rank found out, for `conclude`."""
+        return self.found
 
     def process(self, volume: dict[str, Any]) -> None:
+        """Measure the reconstruction of one volume, and draw it."""
         voxels, intensity = volume["voxels"], volume["intensity"]
         whole, mu, sigma = joined(self.slabs(volume, self.network.reconstruct))  # type: ignore[arg-type]
-        self.latents.update(mu, sigma)
+        self.found.latents.update(mu, sigma)
         reconstruction = whole[0, 0].clamp_(0, 1) if intensity.clip else whole[0, 0]
         original = intensity.normalise(voxels[0, 0])
         metrics: dict[str, Any] = dict(
@@ -79,42 +96,27 @@ class Evaluation(VolumeEvaluator):
         save_comparison(*shown, picture, volume["name"], intensity.range)
         case = {"name": volume["name"], "path": volume["image"], "size": list(original.shape)}
         case |= {"spacing": volume["spacing"], "metrics": metrics}
-        self.cases.append(case | {"planes": comparison_planes(*shown, intensity.range, self._height())})
+        self.found.cases.append(case | {"planes": comparison_planes(*shown, intensity.range, self._height())})
 
     def _height(self) -> int:
-        """Of the report's pictures in pixels: less where there are many, so that it stays some 20 MB."""
-        count = len(self.data_loader.dataset)  # type: ignore[union-attr, arg-type]
-        return int(max(128, min(384, 384 * math.sqrt(60 / count))))
+        """How high the report's pictures are, in pixels: less where there are many, so that it stays some 20 MB."""
+        return int(max(128, min(384, 384 * math.sqrt(60 / len(self.data_loader.dataset)))))
 
-    def gather(self) -> tuple[list[dict[str, Any]], LatentHealth]:
-        shares: Any = idist.all_gather((self.cases, self.latents))
-        cases = sorted((case for share in shares for case in share[0]), key=lambda case: case["name"])
-        return cases, LatentHealth.merged([share[1] for share in shares])
-
-    def conclude(self, gathered: tuple[list[dict[str, Any]], LatentHealth]) -> None:
-        cases, latents = gathered
+    def conclude(self, findings: list[Findings]) -> None:
+        """Write the files about all volumes, and print the table."""
+        cases = sorted((case for found in findings for case in found.cases), key=lambda case: case["name"])
         if not cases:
             return
-        summary = summarise(cases)
-        statistics = {**latents.statistics(), "volumes": len(cases)}
-        table = markdown_table(summary)
+        latents = LatentHealth.merged([found.latents for found in findings]).statistics()
+        summary, statistics = summarise(cases), {**latents, "volumes": len(cases)}
         write_text(self.folder / "metrics.csv", metrics_csv(cases))
-        write_json(
-            self.folder / "summary.json",
-            {
-                **self.facts,
-                "volumes": len(cases),
-                "failed": self.failed,
-                "metrics": summary,
-                "definitions": DEFINITIONS,
-            },
-        )
+        facts = {**self.facts, "volumes": len(cases), "failed": self.failed}
+        write_json(self.folder / "summary.json", {**facts, "metrics": summary, "definitions": DEFINITIONS})
+        table = markdown(table_of(summary))
         definitions = "\n".join(f"- `{name}`: {text}" for name, text in DEFINITIONS.items())
         heading = f"# Reconstruction of {len(cases)} volumes\n\nWeights: `{self.facts['weights']}`"
         write_text(self.folder / "summary.md", f"{heading}\n\n{table}\n\n## Definitions\n\n{definitions}\n")
         write_json(self.folder / "latent_stats.json", {**statistics, **self.facts})
-        write_text(
-            self.folder / "report.html",
-            html_report(cases, summary, statistics, self.facts, DEFINITIONS, self.failed),
-        )
+        page = html_report(cases, summary, statistics, self.facts, DEFINITIONS, self.failed)
+        write_text(self.folder / "report.html", page)
         print(f"\n{table}\n\nreport    {self.folder / 'report.html'}\nnumbers   {self.folder / 'metrics.csv'}")

@@ -1,4 +1,4 @@
-"""Which volumes a workflow takes, and each of them as its file has it."""
+"""Which volumes a workflow takes: one file, those of a datalist, or all that a folder holds."""
 
 from __future__ import annotations
 
@@ -7,23 +7,26 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from scripts import datalist as datalists
 from scripts.common.errors import UserError
+from scripts.data import datalist as datalists
 from scripts.data.datalist import CLASSES, SPLITS
+from scripts.data.nifti import stem
 from scripts.use.outputs import ENDINGS, RECORD
 
 logger = logging.getLogger(__name__)
 
 DATALIST = "datalist_ct.json"
 
+Entries = list[dict[str, str]]
+
 
 def find(
     dataset_dir: str,
     json_data_list: str | Sequence[str] | None = None,
-    splits: Sequence[str] = SPLITS,
+    splits: str | Sequence[str] = SPLITS,
     modality: str = "ct",
     output_dir: str | None = None,
-) -> list[dict[str, str]]:
+) -> Entries:
     """The volumes to work on.
 
     Args:
@@ -48,68 +51,81 @@ def find(
     if modality not in CLASSES:
         raise UserError(f"modality is {modality!r}; use one of {', '.join(CLASSES)}")
     root = _absolute(dataset_dir)
-    listed = json_data_list or None
-    if listed is not None and not isinstance(listed, str):
-        listed = listed[0]
-    if listed is None and not root.exists():
+    if not json_data_list and not root.exists():
         raise UserError(f"{dataset_dir}: no such file or folder; correct dataset_dir")
-    if listed is None and root.suffix == ".json":
-        listed, root = str(root), root.parent
-    if listed is None and (root / DATALIST).is_file():
-        listed = str(root / DATALIST)
-    if listed is not None:
-        entries = _listed(Path(listed), root, splits)
+    source = str(root)
+    if datalist := _datalist(root, json_data_list):
+        source = f"{datalist}: {' and '.join(splits)}"
+        entries = _from_datalist(datalist, root.parent if root.is_file() else root, splits)
     elif root.is_dir():
-        files = _search(root, None if output_dir is None else _absolute(output_dir))
-        entries = [{"image": str(p), "name": _stem(p.relative_to(root))} for p in files]
+        entries = _from_folder(root, None if output_dir is None else _absolute(output_dir))
     else:
-        entries = [{"image": str(root), "name": _stem(Path(root.name))}]
+        entries = [_entry(root, root.parent)]
     entries = [{"class": modality, "split": "training", **entry} for entry in entries]
-    what = f"{listed}: {' and '.join(splits)}" if listed else str(root)
-    if not entries:
-        raise UserError(f"{what}: no volume (.nii.gz or .nii) is there; correct dataset_dir or json_data_list")
-    seen: dict[str, str] = {}
-    for entry in entries:
-        if (other := seen.setdefault(entry["name"], entry["image"])) != entry["image"]:
-            raise UserError(f"{entry['image']}: its results would overwrite those of {other}; rename one of them")
-    logger.info("%s: %d volumes", what, len(entries))
+    _check(entries, source)
+    logger.info("%s: %d volumes", source, len(entries))
     return entries
 
 
-def _absolute(path: str | Path) -> Path:
-    return Path(os.path.abspath(path))  # noqa: PTH100 (keeps links, but no "..")
+def _datalist(root: Path, json_data_list: str | Sequence[str] | None) -> Path | None:
+    """The datalist that says which volumes there are, if there is one."""
+    if json_data_list:
+        return Path(json_data_list if isinstance(json_data_list, str) else json_data_list[0])
+    if root.suffix == ".json":
+        return root
+    return root / DATALIST if (root / DATALIST).is_file() else None
 
 
-def _stem(path: Path) -> str:
-    return path.as_posix().removesuffix(".gz").removesuffix(".nii")
+def _from_datalist(path: Path, root: Path, splits: Sequence[str]) -> Entries:
+    content = datalists.load(path, root)
+    every = {str(_absolute(entry["image"])) for split in content.values() for entry in split}
+    if not every:
+        return []
+    # The folder that names are relative to is that of all splits, so that a volume has one name whatever is chosen.
+    folders = [root, _absolute(path).parent, Path(os.path.commonpath([Path(image).parent for image in every]))]
+    folder = next(f for f in folders if all(Path(image).is_relative_to(f) for image in every))
+    chosen: dict[str, dict[str, str]] = {}  # by path: a volume that several lists have is taken once
+    for split in (split for split in SPLITS if split in splits):
+        for entry in content[split]:
+            image = _absolute(entry["image"])
+            chosen[str(image)] = entry | _entry(image, folder) | {"split": split}
+    return list(chosen.values())
 
 
-def _search(root: Path, output_dir: Path | None) -> list[Path]:
+def _from_folder(root: Path, output_dir: Path | None) -> Entries:
     """NIfTI files beneath `root`, also through links, but for hidden ones and those of `output_dir`."""
-    files, known = [], set()
+    files: list[Path] = []
+    known: set[str] = set()
     for folder, folders, names in os.walk(root, followlinks=True):
         here, real = Path(folder), os.path.realpath(folder)
-        if real in known or (here == output_dir and here != root):
+        if real in known or (here == output_dir and here != root):  # a link back up, or our own results
             folders.clear()
             continue
         known.add(real)
         folders[:] = sorted(f for f in folders if f[0] != ".")
         files += [here / name for name in sorted(names) if name.endswith((".nii", ".nii.gz")) and name[0] != "."]
     if output_dir == root and list(root.glob(RECORD.format("*"))):
-        results = {f"{_stem(p)}{ending}" for p in files for ending in ENDINGS}
-        if ours := [p for p in files if _stem(p) in results]:
+        results = {f"{stem(str(p))}{ending}" for p in files for ending in ENDINGS}
+        ours = {p for p in files if stem(str(p)) in results}
+        if ours:
             logger.info("%s: %d files are results of earlier runs, and no input", root, len(ours))
-        files = [p for p in files if p not in set(ours)]
-    return files
+        files = [p for p in files if p not in ours]
+    return [_entry(path, root) for path in files]
 
 
-def _listed(path: Path, root: Path, splits: Sequence[str]) -> list[dict[str, str]]:
-    content = datalists.load(path, root)
-    images = {str(_absolute(e["image"])): e | {"split": s} for s in SPLITS for e in content[s]}
-    if not images:
-        return []
-    folders = [root, _absolute(path).parent, Path(os.path.commonpath([Path(i).parent for i in images]))]
-    folder = next(f for f in folders if all(Path(i).is_relative_to(f) for i in images))
-    entries = [e | {"image": i, "name": _stem(Path(i).relative_to(folder))} for i, e in images.items()]
-    chosen = {str(_absolute(e["image"])) for split in splits for e in content[split]}
-    return [entry for entry in entries if entry["image"] in chosen]
+def _check(entries: Entries, source: str) -> None:
+    """Whether there are volumes, whose results have names of their own."""
+    if not entries:
+        raise UserError(f"{source}: no volume (.nii.gz or .nii) is there; correct dataset_dir or json_data_list")
+    seen: dict[str, str] = {}
+    for entry in entries:
+        if (other := seen.setdefault(entry["name"], entry["image"])) != entry["image"]:
+            raise UserError(f"{entry['image']}: its results would overwrite those of {other}; rename one of them")
+
+
+def _entry(path: Path, folder: Path) -> dict[str, str]:
+    return {"image": str(path), "name": stem(path.relative_to(folder).as_posix())}
+
+
+def _absolute(path: str | Path) -> Path:
+    return Path(os.path.abspath(path))  # noqa: PTH100 (keeps links, but no "..")

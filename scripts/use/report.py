@@ -7,15 +7,18 @@ import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
-from string import Template
-from typing import Any
+from typing import Any, NamedTuple
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from scripts.measure.metrics import TISSUES
 
 Cases = Sequence[Mapping[str, Any]]
 Summary = Mapping[str, Mapping[str, float | int]]
+
+TEMPLATE = "report.html.jinja"
+NONE = "–"
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,11 @@ class Metric:
 
     def text(self, value: float | None) -> str:
         """The value with its unit, or a dash where there is none."""
-        return "–" if value is None else f"{value:{self.style}}{self.unit and ' ' + self.unit}"
+        return NONE if value is None else f"{value:{self.style}}{self.unit and ' ' + self.unit}"
+
+    def spread(self, found: Mapping[str, float | int]) -> str:
+        """Standard deviation and number of volumes, in words."""
+        return f"± {found['std']:{self.style}} over {found['count']} volume{'s' * (found['count'] != 1)}"
 
 
 METRICS = (
@@ -40,6 +47,7 @@ METRICS = (
     Metric("rmse_hu", "RMSE", ".1f", "HU"),
     *(Metric(f"mae_hu_{tissue}", f"MAE {tissue.replace('_', ' ')}", ".1f", "HU") for tissue in TISSUES),
 )
+_HEADLINE, _BY_TISSUE, _ORDERS = METRICS[:5], METRICS[5:], METRICS[:4]
 # Guo et al. 2025 (MAISI), the released autoencoder on data it was not trained on.
 PUBLISHED = {
     "MAISI, MSD07 pancreas CT": {"lpips": 0.038, "ssim": 0.978, "psnr": 37.27},
@@ -71,16 +79,23 @@ def metrics_csv(cases: Cases) -> str:
     return text.getvalue()
 
 
-def markdown_table(summary: Summary) -> str:
-    """Mean and standard deviation beside MAISI's published figures."""
-    shown = [metric for metric in METRICS if metric.name in summary or metric.name == "lpips"]
-    lines = [("metric", "volumes", "mean", "std", *PUBLISHED), ("---",) * (4 + len(PUBLISHED))]
-    for metric in shown:
+def table_of(summary: Summary) -> list[list[str]]:
+    """Mean and standard deviation beside MAISI's published figures: a row of headings, then one for each metric."""
+    rows = [["metric", "volumes", "mean", "std", *PUBLISHED]]
+    for metric in METRICS:
+        if metric.name not in summary and metric.name != "lpips":  # which is published, so its lack is shown
+            continue
         found: Mapping[str, Any] = summary.get(metric.name, {"count": 0, "mean": None, "std": None})
-        published = [f"{figures[metric.name]:g}" if metric.name in figures else "–" for figures in PUBLISHED.values()]
-        ours = (str(found["count"]), metric.text(found["mean"]), metric.text(found["std"]))
-        lines.append((metric.label, *ours, *published))
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        published = [f"{figures[metric.name]:g}" if metric.name in figures else NONE for figures in PUBLISHED.values()]
+        values = [metric.text(found["mean"]), metric.text(found["std"])]
+        rows.append([metric.label, str(found["count"]), *values, *published])
+    return rows
+
+
+def markdown(table: Sequence[Sequence[str]]) -> str:
+    """A table, of which the first row are the headings."""
+    head, *body = table
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *body))
 
 
 def html_report(
@@ -101,109 +116,79 @@ def html_report(
         definitions: of the metrics.
         failed: why volumes are missing.
     """
-    headline = [metric for metric in METRICS[:5] if metric.name in summary]
-    tiles = [_tile(m.label, m.text(summary[m.name]["mean"]), _spread(m, summary)) for m in headline]
-    noise = f"{latents['posterior_noise_share']:.1%} of the variance is posterior noise"
-    tiles.append(_tile("latent scale factor", f"{latents['scale_factor']:.3f}", noise))
-    tissues = [m for m in METRICS[5:] if m.name in summary]
-    charts = [_strip(metric, cases) for metric in headline[:2]] + [_bars(tissues, summary)] * bool(tissues)
-    broken = "".join(f"<li>{escape(error)}</li>" for error in failed)
-    template = Template((Path(__file__).parent / "report.html").read_text(encoding="utf-8"))
-    return template.substitute(
-        count=len(cases),
-        weights=escape(str(facts["weights"])),
-        sha256=escape(str(facts["weights_sha256"])[:16]),
-        version=escape(str(facts["bundle_version"])),
-        tiles="".join(tiles),
-        charts="".join(f"<figure>{chart}</figure>" for chart in charts),
-        table=_table(summary),
-        cases="".join(_card(case) for case in sorted(cases, key=lambda c: c["metrics"]["psnr"])),
-        failed=f"<section class=failed><h2>Could not be evaluated</h2><ul>{broken}</ul></section>" if failed else "",
-        definitions="".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in definitions.items()),
+    headline = [metric for metric in _HEADLINE if metric.name in summary]
+    loader = FileSystemLoader(Path(__file__).parent)
+    template = Environment(loader=loader, autoescape=True, undefined=StrictUndefined).get_template(TEMPLATE)
+    return template.render(
+        cases=[_card(case) for case in sorted(cases, key=lambda case: case["metrics"]["psnr"])],
+        headline=[(metric, summary[metric.name]) for metric in headline],
+        latents=latents,
+        strips=[_strip(metric, cases) for metric in headline[:2]],
+        tissues=_tissue_bars(summary),
+        table=table_of(summary),
+        facts=facts,
+        definitions=definitions,
+        failed=failed,
     )
 
 
-def _spread(metric: Metric, summary: Summary) -> str:
-    found = summary[metric.name]
-    return f"± {found['std']:{metric.style}} over {found['count']} volume{'s' * (found['count'] != 1)}"
+def _card(case: Mapping[str, Any]) -> dict[str, Any]:
+    """One case as the page shows it, and by what it can be ordered there."""
+    metrics = {metric: value for metric in METRICS if (value := case["metrics"].get(metric.name)) is not None}
+    return {
+        "name": case["name"],
+        "size": " × ".join(f"{n:.3g}" for n in case["size"]),
+        "spacing": " × ".join(f"{n:.3g}" for n in case["spacing"]),
+        "planes": case["planes"],
+        "chips": [(metric.label, metric.text(value)) for metric, value in metrics.items()],
+        "order": {metric.name: metrics[metric] for metric in _ORDERS if metric in metrics},
+    }
 
 
-def _tile(label: str, value: str, note: str) -> str:
-    return f"<div class=tile><span>{escape(label)}</span><b>{escape(value)}</b><small>{escape(note)}</small></div>"
+class Mark(NamedTuple):
+    """Something at a place of a chart of 480 x 140."""
+
+    x: float
+    y: float
+    text: str
 
 
-def _table(summary: Summary) -> str:
-    rows = [line.strip("| ").split(" | ") for line in markdown_table(summary).splitlines()]
-    head = "".join(f"<th>{escape(cell)}</th>" for cell in rows[0])
-    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows[2:])
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-
-
-def _card(case: Mapping[str, Any]) -> str:
-    name, planes, metrics = escape(case["name"]), case["planes"], case["metrics"]
-    size, spacing = (" × ".join(f"{n:.3g}" for n in case[key]) for key in ("size", "spacing"))
-    chips = "".join(
-        f"<li><span>{escape(m.label)}</span> {escape(m.text(metrics[m.name]))}</li>"
-        for m in METRICS
-        if metrics.get(m.name) is not None
-    )
-    order = " ".join(f'data-{m.name}="{metrics[m.name]}"' for m in METRICS[:4] if metrics.get(m.name) is not None)
-    return (
-        f'<article class=case data-name="{name}" {order}><h3>{name}<small>{size} voxels, {spacing} mm</small></h3>'
-        f'<div class=compare><img src="{planes["original"]}" alt="original of {name}">'
-        f'<img class=over src="{planes["reconstruction"]}" alt="reconstruction of {name}">'
-        f'<i class=tag>original</i><i class="tag right">reconstruction</i>'
-        f'<input type=range min=0 max=100 value=50 aria-label="original or reconstruction of {name}"></div>'
-        f'<img class=error src="{planes["error"]}" alt="error of {name}"><ul class=chips>{chips}</ul></article>'
-    )
-
-
-def _strip(metric: Metric, cases: Cases) -> str:
+@dataclass(frozen=True)
+class Strip:
     """A dot a case along one axis, and the published figures as lines."""
+
+    title: str
+    note: str
+    dots: list[Mark]
+    lines: list[Mark]
+    ticks: list[Mark]
+
+
+def _strip(metric: Metric, cases: Cases) -> Strip:
     values = sorted((case["metrics"][metric.name], case["name"]) for case in cases)
-    marks = [(figures[metric.name], name) for name, figures in PUBLISHED.items() if metric.name in figures]
-    everything = [v for v, _ in values + marks]
-    low, high = min(everything), max(everything)
-    margin = 0.06 * (high - low) or 1.0
-    low, high = low - margin, high + margin
+    published = [(figures[metric.name], name) for name, figures in PUBLISHED.items() if metric.name in figures]
+    least, most = min(values + published)[0], max(values + published)[0]
+    margin = 0.06 * (most - least) or 1.0  # where all are the same, they stand in the middle
+    low, high = least - margin, most + margin
 
-    def x(value: float) -> float:
-        return 20 + 440 * (value - low) / (high - low)
+    def mark(value: float, text: str, y: float = 0.0) -> Mark:
+        return Mark(20 + 440 * (value - low) / (high - low), y, text)
 
-    dots = []
-    for index, (value, name) in enumerate(values):
-        y = 74 + 26 * math.sin(2.4 * index)  # so that dots of like values do not hide each other
-        dots.append(
-            f'<circle cx="{x(value):.1f}" cy="{y:.1f}" r=5><title>{escape(name)}: {metric.text(value)}</title></circle>'
-        )
-    lines = [
-        f'<g class=mark><line x1="{x(v):.1f}" x2="{x(v):.1f}" y1=40 y2=108 />'
-        f"<title>{escape(name)}: {metric.text(v)}</title></g>"
-        for v, name in marks
-    ]
-    ticks = [
-        f'<text x="{x(t):.1f}" y=132 text-anchor=middle>{t:{metric.style}}</text>'
-        for t in (low + margin, (low + high) / 2, high - margin)
-    ]
-    note = "lines: published for MAISI" if marks else ""
-    return (
-        f'<svg viewBox="0 0 480 140" role=img><text class=title x=20 y=22>{metric.label} by volume</text>'
-        f"<text x=460 y=22 text-anchor=end>{note}</text><line class=axis x1=20 x2=460 y1=114 y2=114 />"
-        f"{''.join(lines)}{''.join(dots)}{''.join(ticks)}</svg>"
+    return Strip(
+        title=f"{metric.label} by volume",
+        note="lines: published for MAISI" if published else "",
+        # Scattered by height, so that dots of like values do not hide each other.
+        dots=[mark(v, f"{name}: {metric.text(v)}", 74 + 26 * math.sin(2.4 * i)) for i, (v, name) in enumerate(values)],
+        lines=[mark(v, f"{name}: {metric.text(v)}") for v, name in published],
+        ticks=[mark(v, f"{v:{metric.style}}") for v in (least, (low + high) / 2, most)],
     )
 
 
-def _bars(metrics: Sequence[Metric], summary: Summary) -> str:
-    """Mean absolute error by tissue."""
-    top = max(summary[m.name]["mean"] for m in metrics) or 1.0
-    rows = []
-    for index, metric in enumerate(metrics):
-        mean, y = summary[metric.name]["mean"], 36 + 25 * index
-        width = 270 * mean / top
-        rows.append(
-            f'<text x=20 y="{y + 14}">{escape(metric.label.removeprefix("MAE "))}</text>'
-            f'<rect x=110 y="{y}" height=18 width="{width:.1f}" rx=3 />'
-            f'<text x="{118 + width:.1f}" y="{y + 14}">{metric.text(mean)}</text>'
-        )
-    title = "<text class=title x=20 y=22>Mean absolute error by tissue</text>"
-    return f'<svg viewBox="0 0 480 140" role=img>{title}{"".join(rows)}</svg>'
+def _tissue_bars(summary: Summary) -> list[dict[str, Any]]:
+    """Mean absolute error by tissue, and its share of the largest."""
+    means = {metric: summary[metric.name]["mean"] for metric in _BY_TISSUE if metric.name in summary}
+    top = max(means.values(), default=0) or 1.0
+    return [
+        {"label": metric.label.removeprefix("MAE "), "text": metric.text(mean), "share": mean / top}
+        for metric, mean in means.items()
+    ]
