@@ -17,6 +17,7 @@ os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
 import torch
 from monai.bundle import ConfigParser
 
+from scripts.networks.lpips import SqueezeNetFeatures
 from scripts.networks.weights import save_weights
 from scripts.phantom import make_phantom
 from tests.helpers import NETWORK, oriented_affine, save_nifti
@@ -69,3 +70,18 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         pytest.skip("may not mount a small file system")
     yield folder
     subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+@pytest.fixture
+def weight_files(tmp_path: Path) -> dict[str, Path]:
+    """Files in the layouts of torchvision's SqueezeNet 1.1, with its classifier, and of LPIPS 0.1; random."""
+    torch.manual_seed(0)
+    backbone = {k: v * 3 for k, v in SqueezeNetFeatures().state_dict().items()}
+    backbone |= {"classifier.1.weight": torch.zeros(1000, 512, 1, 1), "classifier.1.bias": torch.zeros(1000)}
+    linear = {
+        f"lin{i}.model.1.weight": torch.rand(1, c, 1, 1) for i, c in enumerate((64, 128, 256, 384, 384, 512, 512))
+    }
+    paths = {"backbone_path": tmp_path / "squeezenet.pth", "linear_path": tmp_path / "lpips.pth"}
+    torch.save(backbone, paths["backbone_path"])
+    torch.save(linear, paths["linear_path"])
+    return paths

@@ -30,7 +30,8 @@ from scripts.common import errors
 from scripts.data.datalist import load
 from scripts.data.store import Store
 
-REAL_CT = Path(__file__).resolve().parents[2] / "shared" / "ct"
+BESIDE = Path(__file__).resolve().parents[2] / "shared"  # data that tests use where it lies beside the project
+REAL_CT, MODELS = BESIDE / "ct", BESIDE / "models"
 SLURM = os.geteuid() == 0 and all(map(shutil.which, ("slurmctld", "slurmd", "munged")))
 
 # A network for whole workflows, as overrides of a config; and one whose levels differ, for tests of its parts.

@@ -37,7 +37,7 @@ from monai.transforms import (
 
 from scripts.data.datasets import PatchDataset
 from scripts.data.patches import RandomPatch
-from scripts.data.store import convert, stored_path
+from scripts.data.store import Store
 from scripts.phantom import phantom_image
 from tests.benchmarks.table import median, print_table
 
@@ -89,7 +89,7 @@ def machine_limits() -> dict[str, float]:
 
 def _grow(folder: Path, patches: int, queue: Any) -> None:
     entries = [{"image": str(path), "class": "ct"} for path in sorted(folder.glob("volume_*.nii.gz"))]
-    dataset = PatchDataset(entries, RandomPatch(PATCH), folder / "store")
+    dataset = PatchDataset(entries, RandomPatch(PATCH), Store(folder / "store"))
     before = resident_mb()
     for index in range(patches):
         dataset[(1 + index // len(entries), index % len(entries))]
@@ -102,11 +102,12 @@ def resident_mb() -> float:
 
 def memory_growth(folder: Path, source: Path, patches: int = 500, volumes: int = 50) -> list[float]:
     """MB by which each of two fresh processes grows that draws `patches` patches from `volumes` volumes."""
-    converted = convert(source, folder / "store")
+    store = Store(folder / "store")
+    converted = store.convert({"image": str(source)})
     for index in range(volumes):  # links to one volume and its conversion: files of their own, space of one
         link = folder / f"volume_{index:02d}.nii.gz"
         os.link(source, link)
-        os.link(converted, stored_path(link, folder / "store"))
+        os.link(converted, store.path({"image": str(link)}))
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
     processes = [context.Process(target=_grow, args=(folder, patches, queue)) for _ in range(2)]
@@ -127,9 +128,10 @@ def main(repeats: int = 5, patches: int = 100, volume: str | None = None) -> Non
             nib.save(phantom_image(SHAPE, SPACING, seed=1), source)
         entry = [{"image": str(source), "class": "ct"}]
         started = time.perf_counter()
-        converted = convert(source, folder / "store")
+        store = Store(folder / "store")
+        converted = store.convert(entry[0])
         conversion = time.perf_counter() - started
-        ours = PatchDataset(entry, RandomPatch(PATCH), folder / "store")
+        ours = PatchDataset(entry, RandomPatch(PATCH), store)
         growth = [] if volume else memory_growth(folder, source)
         disk = Dataset(entry, stock_transforms())
         cached = CacheDataset(entry, stock_transforms(), cache_rate=1.0, progress=False, num_workers=1)

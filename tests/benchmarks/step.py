@@ -25,8 +25,8 @@ from monai.networks.nets import PatchDiscriminator
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from scripts import autoencoder as fast
 from scripts.networks.lpips import PerceptualLoss
+from scripts.networks.recompute import for_training
 from scripts.training.losses import LeastSquaresAdversarialLoss, VaeLoss
 from scripts.training.vae import VaeTrainer
 from tests.benchmarks.table import median, print_table
@@ -42,7 +42,7 @@ def networks(stock: bool, device: str, checkpointing: bool = False) -> tuple[nn.
     definition = {k: config[k] for k in ("spatial_dims", "image_channels", "latent_channels", "autoencoder_def")}
     definition["autoencoder_def"]["save_mem"] = True
     network = ConfigParser(definition).get_parsed_content("autoencoder_def")
-    autoencoder = network.to(device) if stock else fast.prepare(network, device, checkpointing)
+    autoencoder = network.to(device) if stock else for_training(network, device, checkpointing)
     discriminator = PatchDiscriminator(
         spatial_dims=3, num_layers_d=3, channels=32, in_channels=1, out_channels=1, norm="INSTANCE"
     )
@@ -93,11 +93,12 @@ class OurLoop:
         self.trainer = VaeTrainer(
             device=device,
             max_epochs=1,
-            train_data_loader=[0],
-            autoencoder=autoencoder,
-            discriminator=discriminator,
-            optimizer_g=torch.optim.Adam(autoencoder.parameters(), 1e-4, eps=1e-6),
-            optimizer_d=torch.optim.Adam(discriminator.parameters(), 1e-4, eps=1e-6),
+            train_data_loader=[0],  # type: ignore[arg-type]
+            networks={"autoencoder": autoencoder, "discriminator": discriminator},
+            optimizers={
+                "optimizer_g": torch.optim.Adam(autoencoder.parameters(), 1e-4, eps=1e-6, fused=True),
+                "optimizer_d": torch.optim.Adam(discriminator.parameters(), 1e-4, eps=1e-6, fused=True),
+            },
             generator_loss=VaeLoss(quiet_perceptual(device)),
             adversarial_loss=LeastSquaresAdversarialLoss(),
             amp=amp,
@@ -109,7 +110,7 @@ class OurLoop:
 
 
 def quiet_perceptual(device: str) -> PerceptualLoss:
-    logging.getLogger("scripts.losses").setLevel(logging.ERROR)  # untrained features cost the same
+    logging.getLogger("scripts.networks.lpips").setLevel(logging.ERROR)  # untrained features cost the same
     return PerceptualLoss(pretrained=False).to(device)
 
 

@@ -21,7 +21,7 @@ from scripts.networks.weights import load_weights
 from scripts.networks.windows import VolumeInferer
 from scripts.phantom import phantom_image
 from tests.benchmarks.table import print_table
-from tests.conftest import run
+from tests.helpers import run
 
 
 def volume_of(path: str | Path) -> dict[str, Any]:

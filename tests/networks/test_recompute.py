@@ -3,32 +3,13 @@
 from __future__ import annotations
 
 import copy
-import pickle
-from pathlib import Path
 
 import pytest
 import torch
-from monai.apps.generation.maisi.networks.autoencoderkl_maisi import AutoencoderKlMaisi
 
-from scripts.common.errors import UserError
 from scripts.networks.recompute import FastAutoencoderKlMaisi
-from scripts.networks.weights import load_weights, save_weights
 from tests.benchmarks.step import saved_bytes
-
-SMALL = {
-    "spatial_dims": 3, "in_channels": 1, "out_channels": 1, "latent_channels": 4, "num_channels": [16, 32, 32],
-    "num_res_blocks": [1, 2, 1], "norm_num_groups": 8, "norm_eps": 1e-6, "attention_levels": [False, False, False],
-    "num_splits": 1, "dim_split": 1,
-}  # fmt: skip
-
-
-def stock_network(**changes) -> AutoencoderKlMaisi:
-    torch.manual_seed(0)
-    network = AutoencoderKlMaisi(**{**SMALL, **changes})
-    for name, parameter in network.named_parameters():  # norms that are not the identity, biases that are not 0
-        if "norm" in name or "bias" in name or parameter.ndim == 1:
-            torch.nn.init.normal_(parameter, float("weight" in name), 0.3)
-    return network
+from tests.helpers import stock_network
 
 
 def gradients(network, x: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -88,53 +69,6 @@ def test_bfloat16_stays_close_to_float32() -> None:
             narrow = fast.reconstruct(x)[0]
     assert narrow.dtype == torch.bfloat16
     assert (narrow.float() - exact).abs().max() < 0.05 * exact.abs().max()
-
-
-def test_weights_go_both_ways(tmp_path: Path) -> None:
-    stock = stock_network()
-    fast = FastAutoencoderKlMaisi(copy.deepcopy(stock))
-    save_weights(fast.bfloat16(), tmp_path / "ours.pt")
-    state = torch.load(tmp_path / "ours.pt", weights_only=True)
-    assert all(t.dtype == torch.float32 for t in state.values())
-    AutoencoderKlMaisi(**SMALL).load_state_dict(state, strict=True)
-    for layout in (stock.state_dict(), {"unet_state_dict": stock.state_dict(), "epoch": 3}):
-        torch.save(layout, tmp_path / "theirs.pt")
-        other = FastAutoencoderKlMaisi(AutoencoderKlMaisi(**SMALL))
-        load_weights(other, tmp_path / "theirs.pt")
-        assert all(torch.equal(t, other.state_dict()[n]) for n, t in stock.state_dict().items())
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["ours.pt", "theirs.pt"]
-
-
-class Attack:
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self):
-        return Path.touch, (self.path,)
-
-
-def test_bad_weights_are_refused(tmp_path: Path) -> None:
-    network = FastAutoencoderKlMaisi(stock_network())
-    path = tmp_path / "weights.pt"
-    with pytest.raises(UserError, match=r"weights\.pt: no such weights file"):
-        load_weights(network, path)
-    torch.save(stock_network(num_channels=[32, 32, 32]).state_dict(), path)
-    with pytest.raises(UserError, match=r"weights\.pt: encoder\.blocks\.0\.conv\.conv\.weight is \(32, 1, 3, 3, 3\)"):
-        load_weights(network, path)
-    torch.save({k: v for k, v in network.state_dict().items() if "quant_conv_mu" not in k}, path)
-    with pytest.raises(UserError, match="lacks quant_conv_mu.conv.bias"):
-        load_weights(network, path)
-    path.write_bytes(path.read_bytes()[:2000])
-    with pytest.raises(UserError, match="is damaged"):
-        load_weights(network, path)
-    with path.open("wb") as file:
-        pickle.dump(Attack(tmp_path / "owned"), file)
-    with pytest.raises(UserError, match="holds more than tensors"):
-        load_weights(network, path)
-    torch.save({"weights": Attack(tmp_path / "owned")}, path)
-    with pytest.raises(UserError, match="holds more than tensors"):
-        load_weights(network, path)
-    assert not (tmp_path / "owned").exists()
 
 
 @pytest.mark.slow

@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch import nn
 
+from scripts.common.errors import UserError
 from scripts.networks.recompute import FastAutoencoderKlMaisi
-from scripts.networks.windows import VolumeInferer
-from tests.test_autoencoder import stock_network
+from scripts.networks.windows import VolumeInferer, factor_of
+from tests.helpers import stock_network
 
 
 def pooled(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -83,3 +84,16 @@ def test_blended_windows_leave_no_seam() -> None:
         return float(steps[borders].max() / steps.median())
 
     assert jump(0.25) < 0.5 * jump(0.0)
+
+
+def test_bad_windows_and_overlaps_are_named() -> None:
+    with pytest.raises(UserError, match=r"val_sliding_window_patch_size is \[64, 64, 30\], not divisible by the netw"):
+        VolumeInferer([64, 64, 30])
+    with pytest.raises(UserError, match="val_sliding_window_patch_size is 64; use three positive integers"):
+        VolumeInferer(64)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="val_overlap is 1; use a number from 0 up to below 1"):
+        VolumeInferer(None, overlap=1)
+
+
+def test_a_network_without_a_factor_keeps_the_size() -> None:
+    assert factor_of(nn.Identity()) == 1 and factor_of(FastAutoencoderKlMaisi(stock_network())) == 4

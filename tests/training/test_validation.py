@@ -7,22 +7,29 @@ import pytest
 import torch
 from ignite.engine import Events
 from monai.networks.nets import PatchDiscriminator
-from torch.utils.data import DataLoader
 
 from scripts.common.errors import UserError
+from scripts.data.datasets import VolumeLoader
+from scripts.data.intensity import CT_WINDOW, Intensity
 from scripts.networks.lpips import PerceptualLoss
 from scripts.networks.recompute import FastAutoencoderKlMaisi
 from scripts.networks.windows import VolumeInferer
 from scripts.training.losses import LeastSquaresAdversarialLoss, VaeLoss
-from scripts.training.validation import VaeEvaluator
-from tests.test_autoencoder import stock_network
+from scripts.training.validation import VaeValidation
+from tests.helpers import stock_network
 
 
-def make_evaluator(items: list[dict], network: FastAutoencoderKlMaisi, **options: Any) -> VaeEvaluator:
-    return VaeEvaluator(
+class Items(list):
+    """Volumes at hand, as a dataset."""
+
+    data: list[dict] = property(lambda self: self)  # type: ignore[assignment]
+
+
+def make_evaluator(items: list[dict], network: FastAutoencoderKlMaisi, **options: Any) -> VaeValidation:
+    return VaeValidation(
         device="cpu",
-        val_data_loader=DataLoader(items, 1),  # type: ignore[arg-type]
-        autoencoder=network,
+        val_data_loader=VolumeLoader(Items(items)),  # type: ignore[arg-type]
+        network=network,
         generator_loss=VaeLoss(PerceptualLoss(pretrained=False), kl_weight=1e-3),
         discriminator=PatchDiscriminator(spatial_dims=3, channels=8, in_channels=1, norm="INSTANCE"),
         adversarial_loss=LeastSquaresAdversarialLoss(),
@@ -33,8 +40,11 @@ def make_evaluator(items: list[dict], network: FastAutoencoderKlMaisi, **options
 
 
 def item(size: int, error: str = "") -> dict[str, Any]:
-    image = torch.rand(1, 20, 24, size) if not error else torch.full((1, 4, 4, 4), torch.nan)
-    return {"image": image, "range": 2000.0, "clip": True, "error": error}
+    if error:
+        return {"image": "v.nii.gz", "name": "v", "error": error}
+    voxels = torch.rand(1, 1, 20, 24, size) * 2000 - 1000
+    facts = {"image": "v.nii.gz", "name": "v", "spacing": [1.0, 1.0, 2.0]}
+    return {**facts, "voxels": voxels, "intensity": Intensity(CT_WINDOW, clip=True)}
 
 
 def test_evaluation_is_deterministic_and_averages_volumes() -> None:
@@ -94,6 +104,6 @@ def test_running_out_of_memory_says_which_knob_to_turn(monkeypatch: pytest.Monke
     def fail(window: torch.Tensor) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
 
-    monkeypatch.setattr(evaluator, "_reconstruct", fail)
+    monkeypatch.setattr(evaluator.network, "reconstruct", fail)
     with pytest.raises(UserError, match=r"out of memory with windows of \[16, 16, 16\] .*lower .*val_sliding_window"):
         evaluator.run()

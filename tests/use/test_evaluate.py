@@ -14,8 +14,7 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from scripts.measure.metrics import TISSUES
 from scripts.use.report import PUBLISHED
-from tests.conftest import SMALL, run
-from tests.test_losses import weight_files  # noqa: F401 (a fixture)
+from tests.helpers import SMALL, run
 
 
 @pytest.fixture
@@ -71,9 +70,7 @@ def test_the_report_shows_every_case_and_needs_no_other_file(options: dict[str, 
 
 
 def test_lpips_is_measured_where_its_weights_are(
-    options: dict[str, Any],
-    tmp_path: Path,
-    weight_files: dict[str, Path],  # noqa: F811
+    options: dict[str, Any], tmp_path: Path, weight_files: dict[str, Path]
 ) -> None:
     run("evaluate", **options, **{f"perceptual_{key}": str(path) for key, path in weight_files.items()})
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from scripts.common.errors import last_line
-from tests.conftest import SMALL, oriented_affine, run, save_nifti, workflow
+from tests.helpers import SMALL, call, last_line_of, oriented_affine, printed_last, run, save_nifti, workflow
 
 IDENTITY: dict[str, Any] = {"network_def": {"_target_": "torch.nn.Identity"}}
 OBLIQUE = nib.affines.from_matvec(
@@ -119,9 +117,8 @@ def test_files_of_others_are_not_replaced(tmp_path: Path) -> None:
         save_nifti(tmp_path / name, hounsfield((20, 18, 16)))
     os.utime(tmp_path / "scan_recon.nii.gz", (1e9, 1e9))
     before = (tmp_path / "scan_recon.nii.gz").read_bytes()
-    with pytest.raises(Exception) as caught:  # noqa: B017, PT011 (MONAI wraps it)
-        run("inference", dataset_dir=str(tmp_path / "scan.nii.gz"), output_dir=str(tmp_path), **IDENTITY)
-    assert "scan_recon.nii.gz: is there, but is no result of an earlier run; move it" in last_line(caught.value)
+    last = last_line_of("inference", dataset_dir=str(tmp_path / "scan.nii.gz"), output_dir=str(tmp_path), **IDENTITY)
+    assert "scan_recon.nii.gz: is there, but is no result of an earlier run; move it" in last
     assert (tmp_path / "scan_recon.nii.gz").read_bytes() == before
 
 
@@ -137,16 +134,13 @@ class Poisoned(torch.nn.Module):
 def test_a_volume_that_the_network_cannot_do_does_not_stop_the_others(tmp_path: Path) -> None:
     for size in (16, 20, 24, 28):
         save_nifti(tmp_path / f"v{size}.nii.gz", hounsfield((size, 18, 16)))
-    network = {"network_def": {"_target_": "tests.test_inference.Poisoned"}}
+    network = {"network_def": {"_target_": "tests.use.test_reconstruct.Poisoned"}}
     options = {"dataset_dir": str(tmp_path), "output_dir": str(tmp_path / "out")}
-    with pytest.raises(Exception) as caught:  # noqa: B017, PT011 (MONAI wraps it)
-        run("inference", **options, **network)
-    last = last_line(caught.value)
+    last = last_line_of("inference", **options, **network)
     assert "2 of 4 volumes could not be reconstructed: " in last and "v16.nii.gz: what the network makes of it" in last
     assert sorted(p.name for p in (tmp_path / "out").glob("*.gz")) == ["v20_recon.nii.gz", "v28_recon.nii.gz"]
-    with pytest.raises(Exception) as caught:  # noqa: B017, PT011 (MONAI wraps it)
-        run("inference", **options, **network)
-    assert "2 of 4 volumes could not be reconstructed: " in last_line(caught.value)
+    last = last_line_of("inference", **options, **network)
+    assert "2 of 4 volumes could not be reconstructed: " in last
 
 
 def test_the_network_is_used_and_what_is_done_is_skipped(
@@ -176,9 +170,8 @@ def test_the_network_is_used_and_what_is_done_is_skipped(
     assert results[0].stat().st_mtime_ns == times[0] and results[1].is_file()
     other = tmp_path / "other.pt"
     torch.save({k: v + 1 for k, v in torch.load(weights, weights_only=True).items()}, other)
-    with pytest.raises(Exception) as caught:  # noqa: B017, PT011 (MONAI wraps it)
-        run("inference", trained_autoencoder_path=str(other), **options)
-    assert f"out: holds results of other weights ({weights}); give another output_dir" in last_line(caught.value)
+    last = last_line_of("inference", trained_autoencoder_path=str(other), **options)
+    assert f"out: holds results of other weights ({weights}); give another output_dir" in last
     changed = {"trained_autoencoder_path": str(other)}
     run("inference", overwrite=True, **changed, **options | {"dataset_dir": entries[0], "splits": ["training"]})
     assert results[0].stat().st_mtime_ns != times[0]  # the other one is of the old weights still
@@ -198,9 +191,9 @@ def test_one_bad_volume_does_not_stop_the_others(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "monai.bundle", "run", "--config_file", "configs/inference.json"]
     command += ["--dataset_dir", str(folder), "--output_dir", str(tmp_path / "out")]
     command += ["--network_def", json.dumps(IDENTITY["network_def"])]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = call(command)
     assert done.returncode == 1
-    last = done.stderr.strip().splitlines()[-1]
+    last = printed_last(done)
     assert last.startswith("error: 2 of 4 volumes could not be reconstructed: ")
     assert "2 bad.nii.gz: is not a readable NIfTI file" in last
     assert "3 cut.nii.gz: is truncated or damaged" in done.stdout
@@ -226,9 +219,8 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
 def test_bad_settings_end_in_one_line(name: str, phantoms: list[Path], weights: Path, tmp_path: Path) -> None:
     overrides, message = BAD[name]
     options = {"dataset_dir": str(phantoms[0]), "output_dir": str(tmp_path), "model_dir": str(weights.parent), **SMALL}
-    with pytest.raises(Exception) as caught:  # noqa: B017, PT011 (MONAI wraps it)
-        run("inference", **{**options, **overrides})
-    assert message in last_line(caught.value)
+    last = last_line_of("inference", **{**options, **overrides})
+    assert message in last
     assert not list(tmp_path.rglob("*.nii.gz"))
 
 
