@@ -18,6 +18,8 @@ from torch import nn
 
 
 class Convolution(nn.Module):
+    """A `MaisiConvolution` in one piece, whatever its `num_splits`."""
+
     def __init__(self, block: MaisiConvolution) -> None:
         super().__init__()
         self.conv = block.conv
@@ -27,6 +29,8 @@ class Convolution(nn.Module):
 
 
 class ResBlock(nn.Module):
+    """A `MaisiResBlock`: twice normalisation, SiLU and convolution, beside a shortcut that fits the channels."""
+
     def __init__(self, block: MaisiResBlock) -> None:
         super().__init__()
         self.norm1, self.conv1 = block.norm1, block.conv1
@@ -40,6 +44,8 @@ class ResBlock(nn.Module):
 
 
 class Downsample(nn.Module):
+    """A `MaisiDownsample`: half the size along each axis, (B, C, X, Y, Z) to (B, C, X/2, Y/2, Z/2)."""
+
     def __init__(self, block: MaisiDownsample) -> None:
         super().__init__()
         self.pad, self.conv = block.pad, block.conv
@@ -49,9 +55,12 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
+    """A `MaisiUpsample`: twice the size along each axis, trilinear before a convolution or by a transposed one."""
+
     def __init__(self, block: MaisiUpsample) -> None:
         super().__init__()
-        self.conv, self.scale = block.conv, 1.0 if block.use_convtranspose else 2.0
+        self.conv = block.conv
+        self.scale = 1.0 if block.use_convtranspose else 2.0  # before `conv`; a transposed one doubles by itself
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.scale != 1.0:
@@ -60,6 +69,8 @@ class Upsample(nn.Module):
 
 
 class Stack(nn.Module):
+    """MAISI's encoder or decoder: its blocks, one after the other."""
+
     def __init__(self, blocks: nn.ModuleList) -> None:
         super().__init__()
         self.blocks = blocks
@@ -74,7 +85,7 @@ Replacements = Mapping[type[nn.Module], Callable[..., nn.Module]]
 
 
 def _converted(module: nn.Module, replacements: Replacements) -> nn.Module:
-    """What computes the same with the same parameters and names, at any depth."""
+    """`module`, in which MAISI's blocks, at any depth, became others with the same parameters, names and results."""
     for name, child in module.named_children():
         setattr(module, name, _converted(child, replacements))
     if isinstance(module, MaisiGroupNorm3D):
@@ -86,7 +97,7 @@ def _converted(module: nn.Module, replacements: Replacements) -> nn.Module:
 
 
 class Reconstructor(nn.Module):
-    """The networks of an `AutoencoderKlMaisi`, taken over with their parameters and names, without what training needs.
+    """An `AutoencoderKlMaisi`, with its parameters and their names, for use: without what only training needs.
 
     Args:
         network: MONAI's network; its modules are used up.
@@ -96,6 +107,7 @@ class Reconstructor(nn.Module):
         latent_channels: C of the latents.
     """
 
+    # A subclass may run other blocks; these keep the names under which MONAI's network has their parameters.
     replacements: Replacements = {
         MaisiConvolution: Convolution,
         MaisiResBlock: ResBlock,

@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from scripts.common.errors import UserError
+from scripts.networks.weights import read_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +28,8 @@ _SMALLEST = 17  # pixels that its strides leave something of
 
 
 class _Fire(nn.Module):
+    """Fewer channels, then twice `expand` of them, half from 1 x 1 and half from 3 x 3 convolutions."""
+
     def __init__(self, inputs: int, squeeze: int, expand: int) -> None:
         super().__init__()
         self.squeeze = nn.Conv2d(inputs, squeeze, 1)
@@ -111,11 +115,11 @@ class PerceptualLoss(nn.Module):
     def _load(self, backbone_path: Path, linear_path: Path) -> None:
         backbone, linear = _read(backbone_path), _read(linear_path)
         own = self.backbone.state_dict()
-        _require_shapes(backbone, {name: tensor.shape for name, tensor in own.items()}, backbone_path)
+        _check_shapes(backbone, {name: tensor.shape for name, tensor in own.items()}, backbone_path)
         self.backbone.load_state_dict({name: backbone[name] for name in own})
         names = [f"lin{index}.model.1.weight" for index in range(len(_TAPS))]
         shapes = {name: torch.Size((1, c, 1, 1)) for name, c in zip(names, _TAP_CHANNELS, strict=True)}
-        _require_shapes(linear, shapes, linear_path)
+        _check_shapes(linear, shapes, linear_path)
         for index, name in enumerate(names):
             getattr(self, f"linear{index}").copy_(linear[name].flatten())
 
@@ -125,9 +129,9 @@ class PerceptualLoss(nn.Module):
 
     def features(self, slices: torch.Tensor) -> list[torch.Tensor]:
         """Unit-normalised features at the seven taps of slices (N, 1, H, W)."""
-        short = [max(_SMALLEST - n, 0) for n in slices.shape[:1:-1]]
-        if any(short):  # thinner than SqueezeNet can take: repeat the border
-            slices = F.pad(slices, (0, short[0], 0, short[1]), mode="replicate")
+        height, width = (max(_SMALLEST - n, 0) for n in slices.shape[2:])
+        if height or width:  # thinner than SqueezeNet can take: repeat the border
+            slices = F.pad(slices, (0, width, 0, height), mode="replicate")
         taps = self.backbone((slices - self.shift) / self.scale)
         return [tap / (tap.square().sum(1, keepdim=True) + 1e-10).sqrt() for tap in (t.float() for t in taps)]
 
@@ -170,12 +174,14 @@ class PerceptualLoss(nn.Module):
         return total
 
     def _pick(self, count: int, generator: torch.Generator | None) -> torch.Tensor:
+        """Which of `count` slices are compared: drawn, or evenly spaced where there is no generator."""
         wanted = max(int(count * self.slice_ratio), 1)
         if generator is None:
             return ((torch.arange(wanted) + 0.5) * (count / wanted)).long()
         return torch.randperm(count, generator=generator)[:wanted]
 
     def _mean_distance(self, slices: torch.Tensor, target: torch.Tensor, chunk: int = 16) -> torch.Tensor:
+        """The mean over pairs; of a volume's many slices, only `chunk` are held as features where nothing learns."""
         if torch.is_grad_enabled() or len(slices) <= chunk:
             return self.distance(slices, target).mean()
         pairs = zip(slices.split(chunk), target.split(chunk), strict=True)
@@ -194,27 +200,25 @@ def lpips_if_there(
 
 
 def _slices(volumes: torch.Tensor, axis: int, picks: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Selected first, then copied: (N, 1, H, W) of (B, 1, X, Y, Z)."""
-    chosen = [
-        v.index_select(axis - 1, pick.to(v.device, non_blocking=True)) for v, pick in zip(volumes, picks, strict=True)
-    ]
-    return torch.cat([c[0].movedim(axis - 2, 0)[:, None] for c in chosen])
+    """Of volumes (B, 1, X, Y, Z), the slices across `axis` (2, 3 or 4) that are picked for each: (N, 1, H, W)."""
+    chosen = []
+    for volume, pick in zip(volumes, picks, strict=True):  # (1, X, Y, Z); selected before anything is copied
+        few = volume.index_select(axis - 1, pick.to(volume.device, non_blocking=True))
+        chosen.append(few[0].movedim(axis - 2, 0)[:, None])
+    return torch.cat(chosen)
 
 
-def _read(path: Path) -> dict[str, torch.Tensor]:
+def _read(path: Path) -> Any:
     if not path.is_file():
         raise UserError(
             f"{path}: perceptual weights are missing; {_FETCH}, or set perceptual_pretrained to false for a try"
         )
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        reason = " ".join(str(error).split())[:160]
-        raise UserError(f"{path}: is damaged or holds more than tensors ({reason}); fetch it again") from error
+    return read_tensors(path, f"{path}: is damaged or holds more than tensors", "; fetch it again")
 
 
-def _require_shapes(state: dict[str, torch.Tensor], shapes: dict[str, torch.Size], path: Path) -> None:
+def _check_shapes(state: Any, shapes: dict[str, torch.Size], path: Path) -> None:
     for name, shape in shapes.items():
-        if name not in state or state[name].shape != shape:
-            found = tuple(state[name].shape) if name in state else "missing"
+        tensor = state.get(name) if isinstance(state, dict) else None
+        found = tuple(tensor.shape) if isinstance(tensor, torch.Tensor) else "missing"
+        if found != shape:
             raise UserError(f"{path}: {name} is {found}, expected {tuple(shape)}; this is another file, fetch it again")

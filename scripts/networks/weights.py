@@ -9,12 +9,12 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-import ignite.distributed as idist
 import torch
 from torch import nn
 
-from scripts.common.errors import UserError
+from scripts.common.errors import UserError, reason
 from scripts.common.files import whole
+from scripts.common.ranks import gather
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +32,23 @@ def write_tensors(content: dict[str, Any], path: str | Path) -> None:
         torch.save(content, file)
         file.flush()
         os.fsync(file.fileno())
+
+
+def read_tensors(file: str | Path | BytesIO, refusal: str, remedy: str = "") -> Any:
+    """What `torch.save` wrote, on the CPU: tensors in plain containers. Nothing that could run code is loaded.
+
+    Args:
+        file: its path or its content.
+        refusal: what the error says, before its reason.
+        remedy: what it says after that.
+
+    Raises:
+        UserError: where the file is damaged or holds anything else.
+    """
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever unpickling a damaged file leads to
+        raise UserError(f"{refusal} ({reason(error)}){remedy}") from error
 
 
 def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
@@ -52,16 +69,12 @@ def _content(path: str | Path) -> bytes:
 
 
 def _state(content: bytes, path: str | Path) -> dict[str, torch.Tensor]:
-    try:
-        state = torch.load(BytesIO(content), map_location="cpu", weights_only=True)
-    except Exception as error:
-        reason = " ".join(str(error).split())[:160]
-        raise UserError(f"{path}: is damaged or holds more than tensors, so it is not loaded ({reason})") from error
+    state = read_tensors(BytesIO(content), f"{path}: is damaged or holds more than tensors, so it is not loaded")
     if isinstance(state, dict) and "unet_state_dict" in state:
         state = state["unet_state_dict"]
     if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
         raise UserError(f"{path}: holds no plain state dict of tensors; save network.state_dict()")
-    return {name.removeprefix("module."): tensor for name, tensor in state.items()}
+    return {name.removeprefix("module."): tensor for name, tensor in state.items()}  # DistributedDataParallel's prefix
 
 
 def load_weights(network: nn.Module, path: str | Path) -> str:
@@ -121,16 +134,16 @@ class Weights:
             return
         self.path = Path(trained_autoencoder_path) if trained_autoencoder_path else _newest(Path(model_dir))
         self.sha256 = load_weights(network, self.path)
-        shares: Any = idist.all_gather(self.sha256)
-        if len(set(shares)) > 1:
+        if len(set(gather(self.sha256))) > 1:
             raise UserError(f"{self.path}: the ranks read different weights; give trained_autoencoder_path")
 
     def facts(self) -> dict[str, str | None]:
-        """What results are to say of the weights they come from."""
+        """Which weights these are, for what is written with results."""
         return {"weights": None if self.path is None else str(self.path), "weights_sha256": self.sha256}
 
 
 def _newest(folder: Path) -> Path:
+    """The newest of a training's best weights, else its last ones, else the released ones."""
     best = sorted(folder.glob(BEST.format("*")), key=lambda path: (path.stat().st_mtime_ns, path.name))
     candidates = [*best[-1:], folder / AUTOENCODER, folder / RELEASED]
     for path in candidates:
