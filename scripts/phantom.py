@@ -68,6 +68,20 @@ def _vessel_tree(
             _vessel_tree(canvas, rng, end, turned / np.linalg.norm(turned), radius * 0.72, depth - 1)
 
 
+def _paint_lung(
+    canvas: _Canvas, rng: np.random.Generator, side: int, inner: np.ndarray, extent: Point, diaphragm: float, hu: float
+) -> None:
+    """The lung of one side, above the dome of the diaphragm, with the vessels that spring from its hilum."""
+    centre = (side * 0.52 * inner[0], 0.0, diaphragm + 0.75 * extent[2])
+    lobe = canvas.ellipsoid(centre, (0.43 * inner[0], 0.82 * inner[1], 0.95 * extent[2]))
+    dome = diaphragm + 0.25 * extent[2] * (1 - ((canvas.x - centre[0]) / (0.5 * inner[0])) ** 2)
+    canvas.paint((lobe < 1) & (canvas.z > dome), hu)
+    hilum = np.array([side * 0.2 * inner[0], 0.0, 0.1 * extent[2]])
+    for _ in range(4):
+        direction = np.array([side, rng.normal(0, 0.6), rng.normal(0, 0.7)])
+        _vessel_tree(canvas, rng, hilum, direction / np.linalg.norm(direction), 0.05 * inner[0], 5)
+
+
 def _paint_skeleton(canvas: _Canvas, rng: np.random.Generator, chest: np.ndarray, body: np.ndarray) -> None:
     spine = np.array([0.0, -0.62 * body[1], 0.0])
     vertebra, pitch = 0.13 * body[0], rng.uniform(24, 30)
@@ -121,14 +135,7 @@ def make_phantom(
     diaphragm = -extent[2] * rng.uniform(0.25, 0.6)
     lung = rng.uniform(-20, 20) + LUNG
     for side in (-1, 1):
-        centre = (side * 0.52 * inner[0], 0.0, diaphragm + 0.75 * extent[2])
-        lobe = canvas.ellipsoid(centre, (0.43 * inner[0], 0.82 * inner[1], 0.95 * extent[2]))
-        dome = diaphragm + 0.25 * extent[2] * (1 - ((canvas.x - centre[0]) / (0.5 * inner[0])) ** 2)
-        canvas.paint((lobe < 1) & (canvas.z > dome), lung)
-        hilum = np.array([side * 0.2 * inner[0], 0.0, 0.1 * extent[2]])
-        for _ in range(4):
-            direction = np.array([side, rng.normal(0, 0.6), rng.normal(0, 0.7)])
-            _vessel_tree(canvas, rng, hilum, direction / np.linalg.norm(direction), 0.05 * inner[0], 5)
+        _paint_lung(canvas, rng, side, inner, extent, diaphragm, lung)
     heart = np.array([-0.16 * inner[0], 0.2 * inner[1], diaphragm + 0.35 * extent[2]])
     canvas.paint(canvas.ellipsoid(heart, (0.36 * inner[0], 0.42 * inner[1], 0.4 * extent[2])) < 1, BLOOD - 90)
     canvas.paint(canvas.ellipsoid(heart, (0.2 * inner[0], 0.25 * inner[1], 0.22 * extent[2])) < 1, BLOOD)

@@ -86,31 +86,40 @@ def build(
     if data_dir is not None:
         if train_dir or val_dir or test_dir:
             raise UserError("--data_dir excludes --train_dir, --val_dir and --test_dir; give one or the other")
-        if min(val_fraction, test_fraction) < 0 or val_fraction + test_fraction >= 1:
-            raise UserError(f"--val_fraction {val_fraction} and --test_fraction {test_fraction} leave no training data")
         fractions = {"validation": val_fraction, "testing": test_fraction}
-        splits = _split(_find(data_dir, pattern), fractions, seed, group_by)
+        splits = _split_folder(data_dir, pattern, fractions, seed, group_by)
     elif train_dir and val_dir:
-        folders = dict(zip(SPLITS, (train_dir, val_dir, test_dir), strict=True))
-        splits = {split: _find(folder, pattern) if folder else [] for split, folder in folders.items()}
+        splits = {s: _find(f, pattern) if f else [] for s, f in zip(SPLITS, (train_dir, val_dir, test_dir), strict=True)}
     else:
         raise UserError("give --train_dir and --val_dir (and --test_dir), or --data_dir")
-    entries = {split: [_entry(f, None, modality) for f in files] for split, files in splits.items()}
-    if shared := shared_volumes(entries):
-        raise UserError(f"{shared[0]}; a volume may be in one split only")
-    wanted = ["training"] + [s for s, f in (("validation", val_fraction), ("testing", test_fraction)) if data_dir and f]
-    for split in wanted:
+    _write(output, splits, relative_to, modality)
+
+
+def _split_folder(
+    folder: str, pattern: str, fractions: Mapping[str, float], seed: int, group_by: str | None
+) -> dict[str, list[Path]]:
+    val_fraction, test_fraction = fractions.values()
+    if min(val_fraction, test_fraction) < 0 or val_fraction + test_fraction >= 1:
+        raise UserError(f"--val_fraction {val_fraction} and --test_fraction {test_fraction} leave no training data")
+    splits = _split(_find(folder, pattern), fractions, seed, group_by)
+    for split in ("training", *(s for s, fraction in fractions.items() if fraction)):
         if not splits[split]:
             raise UserError(
-                f"{data_dir or train_dir}: the {split} list would be empty (too few files or groups); "
+                f"{folder}: the {split} list would be empty (too few files or groups); "
                 "change --val_fraction, --test_fraction or --group_by"
             )
+    return splits
+
+
+def _write(output: str, splits: Mapping[str, Sequence[Path]], relative_to: str | None, modality: str) -> None:
+    absolute = {split: [_entry(file, None, modality) for file in files] for split, files in splits.items()}
+    if shared := shared_volumes(absolute, within=False):
+        raise UserError(f"{shared[0]}; a volume may be in one split only")
     datalist = {split: [_entry(f, relative_to, modality) for f in sorted(files)] for split, files in splits.items()}
-    target = Path(output)
-    write_json(target, datalist)
+    write_json(output, datalist)
     for split, files in splits.items():
         print(f"{split:<10} {len(files):>6} files {sum(f.stat().st_size for f in files) / 1e9:>9.2f} GB")
-    print(f"datalist written to {target}")
+    print(f"datalist written to {Path(output)}")
 
 
 def _entry(path: Path, relative_to: str | None, modality: str) -> dict[str, str]:
@@ -188,14 +197,14 @@ def load_split(json_data_list: str | Sequence[str], split: str, base_dir: str | 
     return entries_of(load(path, base_dir), split, path)
 
 
-def shared_volumes(datalist: Datalist) -> list[str]:
-    """Volumes that are in more than one split, or in one split twice, as sentences."""
+def shared_volumes(datalist: Datalist, within: bool = True) -> list[str]:
+    """Volumes that are in more than one split, or (`within`) in one split twice, as sentences."""
     owner: dict[str, str] = {}
     found = []
     for split, entries in datalist.items():
         for entry in entries:
             real = str(Path(entry["image"]).resolve())
-            if real in owner:
+            if real in owner and (within or owner[real] != split):
                 twice = f"is in {split} twice" if owner[real] == split else f"is in {owner[real]} and in {split}"
                 found.append(f"{entry['image']}: {twice}")
             owner[real] = split

@@ -23,9 +23,7 @@ def _planes(volume: np.ndarray) -> list[np.ndarray]:
     return [np.take(volume, middle[axis], axis)[:, ::-1].T for axis in range(3)]
 
 
-def _compared(
-    original: np.ndarray, reconstruction: np.ndarray, intensity_range: float
-) -> dict[str, list[np.ndarray]]:
+def _compared(original: np.ndarray, reconstruction: np.ndarray, intensity_range: float) -> dict[str, list[np.ndarray]]:
     """The three central planes of `original`, `reconstruction` and their `error` (in HU)."""
     theirs, ours = _planes(original), _planes(reconstruction)
     errors = [(a - b) * intensity_range for a, b in zip(ours, theirs, strict=True)]

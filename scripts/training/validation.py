@@ -155,7 +155,7 @@ class VaeValidation(WholeVolumes):
         Args:
             samples_voxels: of one training step, over all ranks.
         """
-        volumes = self.data_loader.dataset  # type: ignore[union-attr]
+        volumes: Any = self.data_loader.dataset  # type: ignore[union-attr]
         voxels = [volumes.voxels(i) for i in range(len(volumes))]
         memory = max(voxels) * _BYTES
         if 0 < available_memory() < memory:

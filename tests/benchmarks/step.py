@@ -31,7 +31,8 @@ from scripts.training.losses import LeastSquaresAdversarialLoss, VaeLoss
 from scripts.training.vae import VaeTrainer
 from tests.benchmarks.table import median, print_table
 
-VARIANTS = ("stock float32", "stock autocast", "ours float32", "ours amp")
+CHECKPOINTING = "ours amp, activation_checkpointing"
+VARIANTS = ("stock float32", "stock autocast", "ours float32", "ours amp", CHECKPOINTING)
 STEP_TFLOP_AT_96 = 12.7  # of one adversarial step without the perceptual part, counted from the layers
 
 
@@ -115,19 +116,19 @@ def quiet_perceptual(device: str) -> PerceptualLoss:
 
 
 def make_loop(variant: str, device: str) -> Any:
-    kind, precision = variant.split(" ")
-    return (StockLoop if kind == "stock" else OurLoop)(device, precision != "float32")
+    amp = not variant.endswith("float32")
+    return StockLoop(device, amp) if variant.startswith("stock") else OurLoop(device, amp, variant == CHECKPOINTING)
 
 
 class _Count(TorchDispatchMode):
-    """Counts the ATen operators that are dispatched."""
+    """Counts the ATen operators that are dispatched, or those of one name."""
 
-    def __init__(self) -> None:
+    def __init__(self, name: str | None) -> None:
         super().__init__()
-        self.count = 0
+        self.name, self.count = name, 0
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += 1
+        self.count += self.name in (None, function.overloadpacket.__name__)
         return function(*args, **(kwargs or {}))
 
 
@@ -137,9 +138,9 @@ def forward(network: nn.Module, images: torch.Tensor, amp: bool) -> torch.Tensor
         return network.decode(mu + sigma)  # type: ignore[operator]
 
 
-def count_operators(network: nn.Module, images: torch.Tensor, amp: bool) -> int:
-    """Of one forward and backward pass of the autoencoder."""
-    with _Count() as counter:
+def count_operators(network: nn.Module, images: torch.Tensor, amp: bool, name: str | None = None) -> int:
+    """Of one forward and backward pass of the autoencoder: all, or those called `name` ("convolution")."""
+    with _Count(name) as counter:
         forward(network, images, amp).float().mean().backward()
     return counter.count
 
@@ -206,48 +207,52 @@ def peak_memory(variant: str, size: int, device: str) -> float:
     return result
 
 
+def time_table(size: int, repeats: int, device: str, rates: dict[str, float]) -> None:
+    images = torch.rand(1, 1, size, size, size, device=device)
+    loops = {variant: make_loop(variant, device) for variant in VARIANTS}
+    times: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
+    for loop in loops.values():
+        loop.step(images)
+    for _ in range(repeats):  # in turns, as the machine's speed drifts
+        for variant, loop in loops.items():
+            times[variant].append(timed(partial(loop.step, images), device))
+    seconds = {variant: median(values) for variant, values in times.items()}
+    tflop = STEP_TFLOP_AT_96 * (size / 96) ** 3
+    rows = []
+    for variant, value in seconds.items():
+        rate = rates["float32" if variant.endswith("float32") else "bfloat16"]
+        ratios = [f"{value / seconds[stock]:.2f}" for stock in VARIANTS[:2]]
+        rows.append((variant, f"{value:.3f}", *ratios, f"{tflop / value / rate:.0%}"))
+    print_table((f"step at {size}^3", "seconds", "/ stock float32", "/ stock autocast", "of the GEMM rate"), rows)
+
+
+def saved_table(size: int, device: str) -> None:
+    rows, stock = [], 0
+    images = torch.rand(1, 1, size, size, size, device=device)
+    small = torch.rand(1, 1, 32, 32, 32, device=device)
+    for name in ("stock autocast", "ours amp", CHECKPOINTING):
+        network, _ = networks(name.startswith("stock"), device, name == CHECKPOINTING)
+        saved = saved_bytes(network, images, amp=True)
+        stock = stock or saved
+        counts = (f"{count_operators(network, small, True, kind)}" for kind in (None, "convolution"))
+        rows.append((name, f"{saved / 2**30:.2f} GiB", f"{saved / stock:.1%}", *counts))
+    head = (f"autocast bfloat16, {size}^3", "saved activations", "of stock", "operators", "convolutions")
+    print_table(head, rows)
+
+
+def peak_table(size: int, device: str) -> None:
+    peaks = {v: peak_memory(v, size, device) for v in ("stock autocast", "ours amp", CHECKPOINTING)}
+    rows = [(v, f"{p:.0f} MiB", f"{p / peaks['stock autocast']:.2f}") for v, p in peaks.items()]
+    print_table((f"peak memory of two steps at {size}^3", "above the start", "of stock"), rows)
+
+
 def main(sizes: list[int], repeats: int, device: str, memory_size: int, activation_size: int) -> None:
     rates = {"float32": gemm_rate(device, torch.float32), "bfloat16": gemm_rate(device, torch.bfloat16)}
     for size in sizes:
-        images = torch.rand(1, 1, size, size, size, device=device)
-        times: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
-        loops = {variant: make_loop(variant, device) for variant in VARIANTS}
-        for loop in loops.values():
-            loop.step(images)
-        for _ in range(repeats if size < 64 else max(repeats - 1, 1)):  # in turns, as the machine's speed drifts
-            for variant, loop in loops.items():
-                times[variant].append(timed(partial(loop.step, images), device))
-        seconds = {variant: median(values) for variant, values in times.items()}
-        tflop = STEP_TFLOP_AT_96 * (size / 96) ** 3
-        rows = []
-        for variant, value in seconds.items():
-            rate = rates["float32" if variant.endswith("float32") else "bfloat16"]
-            rows.append((variant, f"{value:.3f}", f"{value / seconds['stock float32']:.2f}",
-                         f"{value / seconds['stock autocast']:.2f}", f"{tflop / value / rate:.0%}"))  # fmt: skip
-        head = (f"step at {size}^3", "seconds", "/ stock float32", "/ stock autocast", "of the GEMM rate")
-        print_table(head, rows)
-        del loops
-    rows = []
-    images = torch.rand(1, 1, activation_size, activation_size, activation_size, device=device)
-    variants: list[tuple[str, bool, bool]] = [
-        ("stock", True, False),
-        ("ours", False, False),
-        ("ours, checkpointing", False, True),
-    ]
-    saved = {}
-    for name, stock, checkpointing in variants:
-        network, _ = networks(stock, device, checkpointing)
-        saved[name] = saved_bytes(network, images, amp=True)
-        operators = count_operators(network, torch.rand(1, 1, 32, 32, 32, device=device), amp=True)
-        rows.append((name, f"{saved[name] / 2**30:.2f} GiB", f"{saved[name] / saved['stock']:.1%}", f"{operators}"))
-    print_table((f"autocast bfloat16, {activation_size}^3", "saved activations", "of stock", "operators"), rows)
-    peaks = {v: peak_memory(v, memory_size, device) for v in ("stock autocast", "ours amp")}
-    rows = [(v, f"{p:.0f} MiB", f"{p / peaks['stock autocast']:.2f}") for v, p in peaks.items()]
-    print_table((f"peak memory of two steps at {memory_size}^3", "above the start", "of stock"), rows)
-    print_table(
-        ("the machine", "figure"),
-        [(f"{name} GEMM", f"{rate:.3f} TFLOP/s") for name, rate in rates.items()],
-    )
+        time_table(size, repeats if size < 64 else max(repeats - 1, 1), device, rates)
+    saved_table(activation_size, device)
+    peak_table(memory_size, device)
+    print_table(("the machine", "figure"), [(f"{name} GEMM", f"{rate:.3f} TFLOP/s") for name, rate in rates.items()])
 
 
 if __name__ == "__main__":

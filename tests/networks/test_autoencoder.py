@@ -19,7 +19,7 @@ def test_same_parameters_and_results_as_monai(changes: dict) -> None:
     assert [name for name, _ in ours.named_parameters()] == [name for name, _ in stock.named_parameters()]
     assert list(ours.state_dict()) == names
     assert all(torch.equal(tensor, ours.state_dict()[name]) for name, tensor in stock.state_dict().items())
-    x = torch.rand(2, 1, 12, 20, 16)
+    x = torch.rand(2, 1, 8, 32, 12)
     with torch.no_grad():
         mu, sigma = stock.eval().encode(x)
         wanted = stock.decode(mu), mu, sigma

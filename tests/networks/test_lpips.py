@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from scripts.common.errors import UserError
 from scripts.networks.lpips import PerceptualLoss
-from tests.helpers import MODELS
+from tests.helpers import MODELS, Attack
 
 
 def lpips_by_hand(x: torch.Tensor, y: torch.Tensor, files: dict[str, Path]) -> torch.Tensor:
@@ -105,6 +105,14 @@ def test_missing_and_wrong_perceptual_weights_are_named(weight_files: dict[str, 
     swapped = {"backbone_path": weight_files["linear_path"], "linear_path": weight_files["backbone_path"]}
     with pytest.raises(UserError, match=r"lpips\.pth: features\.0\.weight is missing"):
         PerceptualLoss(**swapped)
+    for content in (torch.zeros(3), [1], {"features.0.weight": 1}):
+        torch.save(content, tmp_path / "other.pth")
+        with pytest.raises(UserError, match=r"other\.pth: features\.0\.weight is missing, expected \(64, 3, 3, 3\)"):
+            PerceptualLoss(backbone_path=tmp_path / "other.pth", linear_path=weight_files["linear_path"])
+    torch.save({"features.0.weight": Attack(tmp_path / "owned")}, tmp_path / "other.pth")
+    with pytest.raises(UserError, match=r"other\.pth: is damaged or holds more than tensors \(.+\); fetch it again"):
+        PerceptualLoss(backbone_path=tmp_path / "other.pth")
+    assert not (tmp_path / "owned").exists()
 
 
 @pytest.mark.skipif(not MODELS.is_dir(), reason="no published LPIPS weights beside the project")

@@ -7,9 +7,10 @@ import copy
 import pytest
 import torch
 
+from scripts.networks.autoencoder import Reconstructor, ResBlock
 from scripts.networks.recompute import FastAutoencoderKlMaisi
-from tests.benchmarks.step import saved_bytes
-from tests.helpers import stock_network
+from tests.benchmarks.step import count_operators, saved_bytes
+from tests.helpers import same, stock_network
 
 
 def gradients(network, x: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -29,7 +30,7 @@ VARIANTS = [
 @pytest.mark.parametrize("changes", VARIANTS)
 def test_same_output_and_gradients_as_monai(changes: dict) -> None:
     stock = stock_network(**changes)
-    x, z = torch.rand(2, 1, 8, 16, 12), torch.randn(2, 4, 2, 4, 3)
+    x, z = torch.rand(2, 1, 8, 32, 12), torch.randn(2, 4, 2, 8, 3)
     variants = [FastAutoencoderKlMaisi(copy.deepcopy(stock), activation_checkpointing=c) for c in (False, True)]
     with torch.no_grad():
         wanted = [*stock.encode(x), stock.decode(z), stock.reconstruct(x)]

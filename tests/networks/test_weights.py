@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import pickle
 from pathlib import Path
 
@@ -59,4 +60,26 @@ def test_a_network_without_parameters_needs_no_weights(tmp_path: Path) -> None:
     weights = Weights(torch.nn.Identity(), tmp_path)
     assert weights.facts() == {"weights": None, "weights_sha256": None}
     with pytest.raises(UserError, match=r"holds no weights \(autoencoder_best_epoch\*\.pt, autoencoder\.pt or model"):
+        Weights(torch.nn.Linear(2, 2), tmp_path)
+
+
+def test_weights_are_the_given_ones_or_the_newest_best(tmp_path: Path) -> None:
+    network, folder = torch.nn.Linear(2, 2), tmp_path / "models"
+    for i, name in enumerate(
+        ("model.pt", "autoencoder.pt", "autoencoder_best_epoch9.pt", "autoencoder_best_epoch12.pt")
+    ):
+        torch.nn.init.constant_(network.weight, i)
+        save_weights(network, folder / name)
+        found = Weights(torch.nn.Linear(2, 2), folder)
+        assert found.path == folder / name and torch.equal(found.network.weight, network.weight)
+        assert found.sha256 == hashlib.sha256(found.path.read_bytes()).hexdigest()
+        assert found.facts() == {"weights": str(found.path), "weights_sha256": found.sha256}
+    given = Weights(torch.nn.Linear(2, 2), folder, str(folder / "model.pt"))
+    assert given.path == folder / "model.pt" and not given.network.weight.any()
+
+
+def test_ranks_that_read_different_weights_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_weights(torch.nn.Linear(2, 2), tmp_path / "autoencoder.pt")
+    monkeypatch.setattr("scripts.networks.weights.gather", lambda value: [value, "another"])
+    with pytest.raises(UserError, match=r"autoencoder\.pt: the ranks read different weights; give trained_auto"):
         Weights(torch.nn.Linear(2, 2), tmp_path)
