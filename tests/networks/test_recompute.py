@@ -80,6 +80,8 @@ def test_keeps_a_fraction_of_the_activations() -> None:
     fast = FastAutoencoderKlMaisi(copy.deepcopy(stock))
     x = torch.rand(1, 1, 16, 16, 16)
     assert saved_bytes(fast, x, amp=True) < 0.4 * saved_bytes(stock, x, amp=True)
+    less = FastAutoencoderKlMaisi(copy.deepcopy(stock), activation_checkpointing=True)
+    assert saved_bytes(less, x, amp=True) < 0.7 * saved_bytes(fast, x, amp=True)
 
 
 def test_bfloat16_stays_close_to_float32() -> None:
