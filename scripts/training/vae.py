@@ -34,7 +34,7 @@ class VaeTrainer(TrainingEngine):
 
     remedy = (
         "lower autoencoder_train#patch_size (memory goes with its voxels) or autoencoder_train#batch_size, or set "
-        "activation_checkpointing to true (61 % of the saved activations)"
+        "activation_checkpointing to true (63 % of the saved activations)"
     )
     unscaled = ("optimizer_d",)
 
