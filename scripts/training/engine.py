@@ -126,8 +126,8 @@ class TrainingEngine(Trainer):
     def update(self, name: str, loss: torch.Tensor) -> None:
         """Backward, clipping, and a step of the optimizer `name`, unless loss or gradients are not finite.
 
-        That is decided on the device, so that nothing waits, if the optimizer is `fused`. Where a loss is not finite, all
-        its gradients become NaN, so that every rank sees it in what is averaged, and none steps. The norm of the
+        That is decided on the device, so that nothing waits, if the optimizer is `fused`. Where a loss is not finite,
+        all its gradients become NaN, so that every rank sees it in what is averaged, and none steps. The norm of the
         gradients, before any clipping, is logged as `grad_norm`, or `grad_norm_<something>`.
         """
         optimizer, scaler = self.optimizers[name], self.scalers[name]
