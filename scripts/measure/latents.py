@@ -21,7 +21,7 @@ class LatentHealth:
         self.count += values[:, 0].numel()
         self.sum = self.sum + values.sum((0, 2, 3, 4)).cpu()
         self.square = self.square + values.square().sum((0, 2, 3, 4)).cpu()
-        self.noise += float(sigma.double().square().sum()) / mu.shape[1]
+        self.noise += float(sigma.double().square().sum()) / mu.shape[1]  # mean over channels, as `_moments` needs it
 
     @staticmethod
     def merged(parts: Sequence[LatentHealth]) -> LatentHealth:

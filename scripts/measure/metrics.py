@@ -35,7 +35,7 @@ def reconstruction_metrics(
     """
     reconstruction, target = (t.reshape(t.shape[-3:]) for t in (reconstruction, target))
     kernel = _gaussian(target.shape).tolist()
-    halo = len(kernel) - 1
+    halo = len(kernel) - 1  # slices beyond a slab that the windows beginning in it reach
     absolute = square = similarity = 0.0
     for start, stop in _slabs(target.shape[0]):
         ours, theirs = (t[start : min(stop + halo, len(t))].to(device).float() for t in (reconstruction, target))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from base64 import b64encode
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -54,21 +54,10 @@ def comparison_planes(
         `original` and `reconstruction` (0 to 0.7, for CT -1000 to 400 HU, black to white), `error` (blue below, red
         above, full at 15 % of the range, 300 HU for CT).
     """
-    extent = np.array(original.shape) * spacing
-    scale = height / max(extent[1], extent[2])
-    sizes = [[max(int(round(extent[i] * scale)), 1) for i in plane] for plane in ((0, 1), (0, 2), (1, 2))]
-
-    def strip(found: Sequence[np.ndarray], colour: Callable[[np.ndarray], np.ndarray]) -> str:
-        planes = [Image.fromarray(colour(p)) for p in reversed(found)]
-        gap = max(height // 48, 2)
-        canvas = Image.new(planes[0].mode, (sum(w for w, _ in sizes) + 2 * gap, height))
-        left = 0
-        for plane, size in zip(planes, sizes, strict=True):
-            canvas.paste(plane.resize(size, Image.Resampling.LANCZOS), (left, (height - size[1]) // 2))
-            left += size[0] + gap
-        encoded = BytesIO()
-        canvas.save(encoded, "JPEG", quality=88)
-        return f"data:image/jpeg;base64,{b64encode(encoded.getvalue()).decode()}"
+    extent = np.array(original.shape) * spacing  # mm
+    scale = height / max(extent[1], extent[2])  # what stands upright is y in the axial plane, z in the others
+    width, depth, top = (max(int(round(length * scale)), 1) for length in extent)
+    sizes = [(width, depth), (width, top), (depth, top)]
 
     def gray(plane: np.ndarray) -> np.ndarray:
         return (np.clip(plane / 0.7, 0, 1) * 255).astype(np.uint8)
@@ -78,7 +67,23 @@ def comparison_planes(
 
     colours = {"original": gray, "reconstruction": gray, "error": diverging}
     compared = _compared(original, reconstruction, intensity_range)
-    return {name: strip(planes, colours[name]) for name, planes in compared.items()}
+    return {
+        name: _strip([Image.fromarray(colours[name](plane)) for plane in reversed(planes)], sizes, height)
+        for name, planes in compared.items()
+    }
+
+
+def _strip(planes: Sequence[Image.Image], sizes: Sequence[tuple[int, int]], height: int) -> str:
+    """Pictures side by side, each resized to its (width, height), as a `data:` URI."""
+    gap = max(height // 48, 2)
+    canvas = Image.new(planes[0].mode, (sum(width for width, _ in sizes) + 2 * gap, height))
+    left = 0
+    for plane, size in zip(planes, sizes, strict=True):
+        canvas.paste(plane.resize(size, Image.Resampling.LANCZOS), (left, (height - size[1]) // 2))
+        left += size[0] + gap
+    encoded = BytesIO()
+    canvas.save(encoded, "JPEG", quality=88)
+    return f"data:image/jpeg;base64,{b64encode(encoded.getvalue()).decode()}"
 
 
 def save_comparison(
