@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
@@ -28,7 +28,8 @@ def whole(path: str | Path, remedy: str = "free space or choose another folder")
     except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError where the disk is full
         raise UserError(f"{path}: cannot be written ({reason(error)}); {remedy}") from error
     finally:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):  # where its folder is none, there is nothing to remove, and an error of its own to tell
+            part.unlink()
 
 
 def write_text(path: str | Path, text: str) -> None:
