@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+from base64 import b64decode
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import pytest
 from matplotlib.image import imread
+from PIL import Image
 
-from scripts.measure.pictures import save_comparison, three_planes
+from scripts.measure.pictures import comparison_planes, save_comparison, three_planes
 
 
 def test_planes_stand_upright() -> None:
@@ -26,3 +29,17 @@ def test_comparison_is_a_picture(tmp_path: Path) -> None:
     picture = imread(tmp_path / "a.png")
     assert min(picture.shape[:2]) > 500 and picture[..., :3].std() > 0.1
     assert [p.name for p in tmp_path.iterdir()] == ["a.png"]
+
+
+def test_planes_stand_side_by_side_at_one_scale() -> None:
+    original = np.full((20, 24, 14), 0.35)  # 20 x 24 x 28 mm
+    found = comparison_planes(
+        original, original + np.where(np.arange(20) < 10, 0.2, -0.2)[:, None, None], (1, 1, 2), 2000.0, 56
+    )
+    pictures = {name: Image.open(BytesIO(b64decode(uri.partition(",")[2]))) for name, uri in found.items()}
+    assert list(pictures) == ["original", "reconstruction", "error"]
+    assert {p.size for p in pictures.values()} == {(40 + 40 + 48 + 2 * 2, 56)}  # 2 pixels a mm, and two gaps
+    gray, error = np.asarray(pictures["original"]), np.asarray(pictures["error"]).astype(int)
+    assert abs(int(gray[28, 20]) - 127) < 6 and gray[1, 20] < 20  # axial: 48 pixels high, in the middle
+    red, blue = error[28, 5], error[28, 35]
+    assert red[0] - red[2] > 50 and blue[2] - blue[0] > 50  # too bright, too dark
