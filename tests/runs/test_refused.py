@@ -47,6 +47,7 @@ BAD_KNOBS: dict[str, tuple[dict[str, Any], str]] = {
         {"autoencoder_train#lr": -1e-4},
         "autoencoder_train#lr is -0.0001; use a number above 0",
     ),
+    "overlap of one": ({"val_overlap": 1}, "val_overlap is 1; use a number from 0 up to below 1"),
     "no epochs": ({"autoencoder_train#n_epochs": 0}, "autoencoder_train#n_epochs is 0; use an integer of at least 1"),
     "fixed without spacing": ({"data_option#spacing_type": "fixed"}, "spacing_type 'fixed' needs spacing"),
     "unknown spacing_type": ({"data_option#spacing_type": "foo"}, "spacing_type 'foo' is unknown; use one of original"),
