@@ -177,7 +177,6 @@ def write(
 ) -> str:
     """Write `count` phantoms as `output_dir/phantom_000.nii.gz`, ...; what is there already is kept."""
     folder = Path(output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"phantom_{i:03d}.nii.gz" for i in range(count)]
     for i, path in enumerate(tqdm(paths, desc="phantoms", unit="volume")):
         if not path.exists():

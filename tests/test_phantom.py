@@ -4,7 +4,9 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+import pytest
 
+from scripts.common.errors import UserError
 from scripts.phantom import make_phantom, write
 
 
@@ -34,3 +36,11 @@ def test_write_keeps_what_is_there(tmp_path: Path) -> None:
     before = Path(paths[0]).stat().st_mtime_ns
     write(str(tmp_path), count=3, shape=(20, 24, 28), spacing=(5, 5, 6))
     assert Path(paths[0]).stat().st_mtime_ns == before and len(list(tmp_path.iterdir())) == 3
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(
+        UserError, match=r"file/phantom_000\.nii\.gz: cannot be written .*; free space or choose another"
+    ):
+        write(str(tmp_path / "file"), count=1, shape=(20, 24, 28), spacing=(5, 5, 6))

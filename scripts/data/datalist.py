@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from scripts.common.errors import UserError
+from scripts.common.errors import UserError, reason
 from scripts.common.files import write_json
 
 SPLITS = ("training", "validation", "testing")
@@ -89,7 +89,8 @@ def build(
         fractions = {"validation": val_fraction, "testing": test_fraction}
         splits = _split_folder(data_dir, pattern, fractions, seed, group_by)
     elif train_dir and val_dir:
-        splits = {s: _find(f, pattern) if f else [] for s, f in zip(SPLITS, (train_dir, val_dir, test_dir), strict=True)}
+        folders = zip(SPLITS, (train_dir, val_dir, test_dir), strict=True)
+        splits = {split: _find(folder, pattern) if folder else [] for split, folder in folders}
     else:
         raise UserError("give --train_dir and --val_dir (and --test_dir), or --data_dir")
     _write(output, splits, relative_to, modality)
@@ -144,8 +145,10 @@ def load(path: str | Path, base_dir: str | Path | None = None) -> Datalist:
         raise UserError(f"{path}: no such datalist; make one with python -m scripts.datalist build")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: is not JSON ({error}); build it with python -m scripts.datalist build") from error
+    except (ValueError, RecursionError) as error:  # of its text, its encoding, or lists in lists without end
+        raise UserError(
+            f"{path}: is not JSON ({reason(error)}); build it with python -m scripts.datalist build"
+        ) from error
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds a {type(content).__name__}, not an object with the lists {', '.join(SPLITS)}")
     for key in content:
@@ -192,7 +195,16 @@ def entries_of(datalist: Datalist, split: str, path: str | Path) -> list[dict[st
 
 
 def load_split(json_data_list: str | Sequence[str], split: str, base_dir: str | None = None) -> list[dict[str, str]]:
-    """The entries of one split of a datalist, which must not be empty; relative paths are those under `base_dir`."""
+    """The entries of one split of a datalist, which must not be empty.
+
+    Args:
+        json_data_list: the datalist; of a list of datalists, the first.
+        split: one of `SPLITS`.
+        base_dir: what relative paths are relative to, as for `load`.
+
+    Raises:
+        UserError: as `load` and `entries_of` do.
+    """
     path = json_data_list if isinstance(json_data_list, str) else json_data_list[0]
     return entries_of(load(path, base_dir), split, path)
 

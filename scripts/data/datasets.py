@@ -16,9 +16,9 @@ from torch.utils.data import Dataset
 
 from scripts.common.ranks import gather
 from scripts.data.intensity import Intensity
-from scripts.data.nifti import check_values, read_nifti, stem
+from scripts.data.nifti import stem
 from scripts.data.patches import RandomPatch
-from scripts.data.store import BROKEN, Store, explain
+from scripts.data.store import BROKEN, Store, explain, read_volume
 
 
 class PatchDataset(Dataset):
@@ -39,7 +39,7 @@ class PatchDataset(Dataset):
 
     def names(self) -> list[list[str]]:
         """File name and class of each volume: what must not change while a training goes on; folders may."""
-        return [[Path(entry["image"]).name, entry["class"]] for entry in self.data]
+        return [[Path(entry["image"]).name, entry.get("class", "ct")] for entry in self.data]
 
     def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any]:
         """The patch of `(epoch, index)`, or of epoch 1 where only the index is given.
@@ -97,7 +97,7 @@ class Volumes(WholeVolumeDataset):
     """Whole volumes as their files have them.
 
     Args:
-        data: entries of `scripts.use.inputs.find`.
+        data: entries with `image`, the path, and perhaps `class` and `name`.
         select_channel: of 4D MRI volumes.
     """
 
@@ -106,9 +106,7 @@ class Volumes(WholeVolumeDataset):
         self.select_channel = select_channel
 
     def _read(self, entry: Mapping[str, str]) -> tuple[np.ndarray, np.ndarray, Intensity]:
-        data, affine = read_nifti(entry["image"], entry["class"], self.select_channel)
-        check_values(data, entry["image"], entry["class"])
-        return data, affine, Intensity.for_volume(data, entry["class"])
+        return read_volume(entry, self.select_channel)
 
 
 class StoredVolumes(WholeVolumeDataset):

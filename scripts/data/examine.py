@@ -12,7 +12,8 @@ from tqdm import tqdm
 from scripts.common.errors import UserError
 from scripts.data.datalist import entries_of, load, shared_volumes
 from scripts.data.intensity import CT_WINDOW
-from scripts.data.nifti import Header, check_values, read_header, read_nifti
+from scripts.data.nifti import Header, read_header
+from scripts.data.store import read_volume
 
 
 def check_headers(entries: Sequence[Mapping[str, str]], num_workers: int = 16, progress: bool = True) -> list[Header]:
@@ -24,7 +25,7 @@ def check_headers(entries: Sequence[Mapping[str, str]], num_workers: int = 16, p
 
     def one(entry: Mapping[str, str]) -> Header | UserError:
         try:
-            return read_header(entry["image"], entry["class"])
+            return read_header(entry["image"], entry.get("class", "ct"))
         except UserError as error:
             return error
 
@@ -49,29 +50,28 @@ class Findings:
 
 def examine(entry: Mapping[str, str]) -> Findings:
     """Read one volume whole and describe it: size, spacing (mm), orientation, dtype, percentiles, window share."""
-    path, modality = entry["image"], entry["class"]
+    path, modality = entry["image"], entry.get("class", "ct")
     try:
         header = read_header(path, modality)
-        data, _ = read_nifti(path, modality)
-        check_values(data, path, modality)
+        data, _, _ = read_volume(entry)
     except UserError as error:
         return Findings(f"{path}", problems=[str(error)])
     low, median, high = np.percentile(data, (1, 50, 99))
     outside = float(((data < CT_WINDOW[0]) | (data > CT_WINDOW[1])).mean())
     size = " x ".join(map(str, header.shape))
     spacing = " x ".join(f"{s:.3g}" for s in header.spacing)
-    report = Findings(
+    found = Findings(
         f"{path}  {modality}  {size}  {spacing} mm  {header.axcodes}  {header.dtype}  "
         f"p1 {low:.0f}  p50 {median:.0f}  p99 {high:.0f}  outside window {outside:.1%}"
     )
     if modality == "ct":
         if data.min() > -200:
-            report.warnings.append(f"{path}: minimum {data.min():.0f} HU, no air; is it rescaled to HU?")
+            found.warnings.append(f"{path}: minimum {data.min():.0f} HU, no air; is it rescaled to HU?")
         if outside > 0.5:
-            report.warnings.append(f"{path}: {outside:.0%} of the voxels lie outside -1000..1000 HU")
+            found.warnings.append(f"{path}: {outside:.0%} of the voxels lie outside -1000..1000 HU")
     if min(header.shape) < 16:
-        report.warnings.append(f"{path}: only {min(header.shape)} slices along one axis; patches will be padded")
-    return report
+        found.warnings.append(f"{path}: only {min(header.shape)} slices along one axis; patches will be padded")
+    return found
 
 
 def check(file: str, num_workers: int = 4, strict: bool = False, base_dir: str | None = None) -> None:
@@ -92,12 +92,12 @@ def check(file: str, num_workers: int = 4, strict: bool = False, base_dir: str |
         if not entries:
             continue
         with ThreadPoolExecutor(num_workers) as pool:
-            reports = list(tqdm(pool.map(examine, entries), total=len(entries), desc=split, unit="volume"))
+            findings = list(tqdm(pool.map(examine, entries), total=len(entries), desc=split, unit="volume"))
         print(f"\n{split}: {len(entries)} volumes")
-        for report in reports:
-            print(f"  {report.text}")
-            problems += report.problems
-            warnings += report.warnings
+        for found in findings:
+            print(f"  {found.text}")
+            problems += found.problems
+            warnings += found.warnings
     for warning in warnings:
         print(f"warning: {warning}")
     for problem in problems:

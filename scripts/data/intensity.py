@@ -27,7 +27,7 @@ class Intensity:
 
     @classmethod
     def for_volume(cls, data: np.ndarray, modality: str) -> Intensity:
-        """That of a whole volume: `CT_WINDOW` for "ct", its `MRI_PERCENTILES` for "mri".
+        """The map for a whole volume: `CT_WINDOW` for "ct", its `MRI_PERCENTILES` for "mri".
 
         Raises:
             UserError: where these percentiles are the same.

@@ -42,6 +42,21 @@ def explain(entry: Mapping[str, str], problem: Exception) -> str:
     return f"{entry['image']}: cannot be read any more ({reason(problem)})"
 
 
+def read_volume(entry: Mapping[str, str], select_channel: int = 0) -> tuple[np.ndarray, np.ndarray, Intensity]:
+    """A whole volume from its file: (X, Y, Z) int16 or float32, its 4 x 4 affine in RAS+, and its intensity.
+
+    Raises:
+        UserError: naming the file, what is wrong and what to do.
+    """
+    path, modality = entry["image"], entry.get("class", "ct")
+    data, affine = read_nifti(path, modality, select_channel)
+    check_values(data, path, modality)
+    try:
+        return data, affine, Intensity.for_volume(data, modality)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+
+
 class Volume:
     """A converted volume; opening costs 0.1 ms, reading decompresses only the blocks that a box touches.
 
@@ -106,14 +121,9 @@ class Store:
         target = self.path(entry)
         if target.exists():
             return target
-        source, modality = entry["image"], entry.get("class", "ct")
-        data, affine = read_nifti(source, modality, self.select_channel)
-        check_values(data, source, modality)
-        try:
-            window = Intensity.for_volume(data, modality).window
-        except UserError as error:
-            raise UserError(f"{source}: {error}") from error
-        self._write(target, data, {"affine": affine.tolist(), "window": list(window), "source": str(source)})
+        data, affine, intensity = read_volume(entry, self.select_channel)
+        facts = {"affine": affine.tolist(), "window": list(intensity.window), "source": str(entry["image"])}
+        self._write(target, data, facts)
         return target
 
     def _write(self, target: Path, data: np.ndarray, facts: Mapping[str, object]) -> None:

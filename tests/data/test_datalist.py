@@ -95,6 +95,7 @@ GOOD = {"image": "/a.nii.gz", "class": "ct"}
     ("content", "message"),
     [
         ("{training", "is not JSON"),
+        ("[" * 100_000, "is not JSON"),
         ([GOOD], "holds a list, not an object"),
         ({"trainning": [GOOD]}, r"unknown list 'trainning' \(did you mean 'training'\?\)"),
         ({"training": GOOD}, "'training' is a dict, not a list"),

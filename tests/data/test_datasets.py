@@ -1,12 +1,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from threading import Event, current_thread
+from typing import Any
 
 import nibabel as nib
 import numpy as np
+import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from scripts.data import datasets
 from scripts.data.datasets import PatchDataset, StoredVolumes, VolumeLoader, Volumes
 from scripts.data.nifti import read_nifti
 from scripts.data.patches import RandomPatch
@@ -21,7 +25,7 @@ def make_dataset(phantoms: list[Path], store: Path, seed: int = 7) -> PatchDatas
 
 
 def test_patches_are_a_function_of_seed_epoch_and_index(phantoms: list[Path], tmp_path: Path) -> None:
-    dataset = make_dataset(phantoms, tmp_path)
+    dataset = make_dataset(phantoms[:4], tmp_path)
     loaders = [
         DataLoader(dataset, batch_size=2, sampler=EpochSampler(len(dataset), 2, seed=7), num_workers=n) for n in (0, 2)
     ]
@@ -33,7 +37,7 @@ def test_patches_are_a_function_of_seed_epoch_and_index(phantoms: list[Path], tm
             assert torch.equal(serial["image"], parallel["image"])
     assert torch.equal(dataset[(3, 1)]["image"], dataset[(3, 1)]["image"])
     assert not torch.equal(dataset[(3, 1)]["image"], dataset[(4, 1)]["image"])
-    other = make_dataset(phantoms, tmp_path, seed=8)
+    other = make_dataset(phantoms[:4], tmp_path, seed=8)
     assert not torch.equal(dataset[(3, 1)]["image"], other[(3, 1)]["image"])
 
 
@@ -70,13 +74,48 @@ def test_a_volume_that_breaks_is_its_own_fault(phantoms: list[Path], tmp_path: P
     assert patch["image"].isnan().all() and patch["image"].shape == (1, 8, 8, 8) and "gone.nii.gz: " in patch["error"]
 
 
-def test_a_loader_deals_what_is_missing_and_reads_ahead(phantoms: list[Path]) -> None:
-    entries = [{"image": str(path), "class": "ct", "name": path.name[8]} for path in phantoms]
-    dataset = Volumes(entries)
+def test_a_constant_volume_is_named_alike_from_files_and_from_the_store(tmp_path: Path) -> None:
+    data = np.full((12, 13, 14), 3.0, np.float32)
+    data[0, 0, 0] = 4.0
+    entries = [{"image": str(save_nifti(tmp_path / "c.nii.gz", data)), "class": "mri"}]
+    told = {dataset[0]["error"] for dataset in (Volumes(entries), StoredVolumes(entries, Store(tmp_path)))}
+    assert told == {f"{tmp_path}/c.nii.gz: is constant (99.5 % of its voxels are 3); remove it"}
+
+
+class Watched(Volumes):
+    """Volumes of which it is known when they are read; names are their places."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__([{"image": f"/{i}.nii.gz", "name": str(i)} for i in range(count)])
+        self.begun = [Event() for _ in range(count)]
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        self.begun[index].set()
+        return {"name": self.data[index]["name"], "thread": current_thread()}
+
+
+def test_a_loader_deals_what_is_missing() -> None:
+    dataset = Watched(8)
     loaders = [VolumeLoader(dataset, {"2", "5"}.__contains__, rank, 2) for rank in (0, 1)]
     assert [loader.indices for loader in loaders] == [[0, 3, 6], [1, 4, 7]] and loaders[0].done == 2
     assert [item["name"] for item in loaders[1]] == ["1", "4", "7"] and len(loaders[1]) == 3
     assert list(VolumeLoader(Volumes([]))) == [] and len(VolumeLoader(dataset)) == 8
+
+
+def test_what_is_missing_is_what_rank_0_saw(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets, "gather", lambda seen: [[0, 1, 2, 3], seen])
+    loader = VolumeLoader(Watched(4), {"0"}.__contains__, rank=1, num_ranks=2)  # rank 0 has done volume 0 since
+    assert loader.indices == [1, 3] and loader.done == 0
+
+
+def test_the_next_volume_is_read_while_this_one_is_in_use() -> None:
+    dataset = Watched(3)
+    items = iter(VolumeLoader(dataset))
+    for index in range(3):
+        item = next(items)
+        assert item["name"] == str(index) and item["thread"] is not current_thread()
+        assert all(event.wait(30) for event in dataset.begun[: index + 2])
+        assert not any(event.is_set() for event in dataset.begun[index + 2 :])  # one ahead, no more
 
 
 def test_names_are_what_must_stay_the_same(phantoms: list[Path], tmp_path: Path) -> None:

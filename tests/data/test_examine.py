@@ -8,7 +8,7 @@ import pytest
 
 from scripts.common.errors import UserError
 from scripts.data.datalist import load
-from scripts.data.examine import check, check_headers
+from scripts.data.examine import check, check_headers, examine
 from tests.helpers import save_nifti
 
 
@@ -35,6 +35,20 @@ def test_check_finds_what_would_fail(datalist: Path, tmp_path: Path, capsys) -> 
     assert "missing.nii.gz: no such file" in printed
     assert "positive.nii.gz: minimum 0 HU, no air; is it rescaled to HU?" in printed
     assert "is in training and in testing" in printed
+
+
+def test_examine_finds_what_cannot_be_converted(tmp_path: Path) -> None:
+    data = np.zeros((12, 13, 14), np.float32)
+    data[0, 0, 0] = 1.0
+    path = str(save_nifti(tmp_path / "m.nii.gz", data))
+    assert examine({"image": path, "class": "mri"}).problems == [
+        f"{path}: is constant (99.5 % of its voxels are 0); remove it"
+    ]
+    thin = examine({"image": path})  # without a class: CT
+    assert thin.problems == [] and [w.partition(": ")[2] for w in thin.warnings] == [
+        "minimum 0 HU, no air; is it rescaled to HU?",
+        "only 12 slices along one axis; patches will be padded",
+    ]
 
 
 def test_headers_are_read_and_broken_ones_counted(datalist: Path) -> None:

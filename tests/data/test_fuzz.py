@@ -8,7 +8,8 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
-from hypothesis import HealthCheck, given, settings
+import pytest
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scripts.common.errors import UserError, last_line
@@ -16,7 +17,7 @@ from scripts.data.datalist import entries_of, load
 from scripts.data.examine import examine
 from scripts.data.nifti import read_header, read_nifti
 
-FUZZ = settings(max_examples=200, deadline=5000, suppress_health_check=[HealthCheck.function_scoped_fixture])
+EXAMPLES = pytest.mark.parametrize("count", [100, pytest.param(2000, marks=pytest.mark.slow)])
 NAMES = st.sampled_from(["training", "validation", "testing", "trainin", "image", "class", "ct", "mri", "", "a.nii.gz"])
 TEXT = st.one_of(NAMES, st.text(max_size=8))
 JSON = st.recursive(
@@ -26,34 +27,48 @@ JSON = st.recursive(
 )
 
 
+def settings_for(count: int) -> settings:
+    return settings(max_examples=count, deadline=5000)
+
+
 def assert_clear(error: UserError, culprit: str) -> None:
     line = last_line(error)
     assert line.startswith("error: ") and culprit in line and "\n" not in line
 
 
-@FUZZ
-@given(content=JSON)
-def test_any_json_is_a_datalist_or_refused_by_name(content: object, tmp_path: Path) -> None:
+@EXAMPLES
+def test_any_json_is_a_datalist_or_refused_by_name(count: int, tmp_path: Path) -> None:
     path = tmp_path / "fuzz.json"
-    path.write_text(json.dumps(content))
-    try:
-        datalist = load(path)
-        entries_of(datalist, "training", path)
-    except UserError as error:
-        assert_clear(error, "fuzz.json")
-    else:
-        assert all(set(entry) == {"image", "class"} for split in datalist.values() for entry in split)
+
+    @settings_for(count)
+    @given(content=JSON)
+    def holds(content: object) -> None:
+        path.write_text(json.dumps(content))
+        try:
+            datalist = load(path)
+            entries_of(datalist, "training", path)
+        except UserError as error:
+            assert_clear(error, "fuzz.json")
+        else:
+            assert all(set(entry) == {"image", "class"} for split in datalist.values() for entry in split)
+
+    holds()
 
 
-@FUZZ
-@given(content=st.binary(max_size=64))
-def test_any_bytes_are_a_datalist_or_refused_by_name(content: bytes, tmp_path: Path) -> None:
+@EXAMPLES
+def test_any_bytes_are_a_datalist_or_refused_by_name(count: int, tmp_path: Path) -> None:
     path = tmp_path / "fuzz.json"
-    path.write_bytes(content)
-    try:
-        load(path)
-    except UserError as error:
-        assert_clear(error, "fuzz.json")
+
+    @settings_for(count)
+    @given(content=st.binary(max_size=64))
+    def holds(content: bytes) -> None:
+        path.write_bytes(content)
+        try:
+            load(path)
+        except UserError as error:
+            assert_clear(error, "fuzz.json")
+
+    holds()
 
 
 def volume_bytes() -> bytes:
@@ -61,27 +76,31 @@ def volume_bytes() -> bytes:
     return nib.Nifti1Image(data, np.diag([2.0, 2.0, 3.0, 1.0])).to_bytes()
 
 
-@FUZZ
-@given(
-    places=st.dictionaries(st.integers(0, 351), st.integers(0, 255), min_size=1, max_size=6),
-    keep=st.one_of(st.none(), st.integers(0, 800)),
-    compressed=st.booleans(),
-)
-def test_any_header_is_read_or_refused_by_name(
-    places: dict[int, int], keep: int | None, compressed: bool, tmp_path: Path
-) -> None:
-    content = bytearray(volume_bytes())
-    for place, value in places.items():
-        content[place] = value
-    path = tmp_path / ("fuzz.nii.gz" if compressed else "fuzz.nii")
-    path.write_bytes(gzip.compress(bytes(content[:keep])) if compressed else bytes(content[:keep]))
-    try:
-        header = read_header(path)
-        data, affine = read_nifti(path)
-    except UserError as error:
-        assert_clear(error, "fuzz.nii")
-    else:
-        assert sorted(data.shape) == sorted(header.shape) and np.isfinite(data).all() and affine.shape == (4, 4)
-        assert data.dtype in (np.int16, np.float32)
-    report = examine({"image": str(path), "class": "ct"})
-    assert all("fuzz.nii" in problem for problem in report.problems)
+@EXAMPLES
+def test_any_header_is_read_or_refused_by_name(count: int, tmp_path: Path) -> None:
+    whole = volume_bytes()
+
+    @settings_for(count)
+    @given(
+        places=st.dictionaries(st.integers(0, 351), st.integers(0, 255), min_size=1, max_size=6),
+        keep=st.one_of(st.none(), st.integers(0, 800)),
+        compressed=st.booleans(),
+    )
+    def holds(places: dict[int, int], keep: int | None, compressed: bool) -> None:
+        content = bytearray(whole)
+        for place, value in places.items():
+            content[place] = value
+        path = tmp_path / ("fuzz.nii.gz" if compressed else "fuzz.nii")
+        path.write_bytes(gzip.compress(bytes(content[:keep])) if compressed else bytes(content[:keep]))
+        try:
+            header = read_header(path)
+            data, affine = read_nifti(path)
+        except UserError as error:
+            assert_clear(error, "fuzz.nii")
+        else:
+            assert sorted(data.shape) == sorted(header.shape) and np.isfinite(data).all() and affine.shape == (4, 4)
+            assert data.dtype in (np.int16, np.float32)
+        found = examine({"image": str(path), "class": "ct"})
+        assert all("fuzz.nii" in problem for problem in found.problems)
+
+    holds()
