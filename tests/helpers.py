@@ -43,7 +43,6 @@ STOCK = {
     "num_splits": 1, "dim_split": 1,
 }  # fmt: skip
 TRAIN, MULTI_GPU = Path("configs/train.json"), Path("configs/multi_gpu_train.json")
-LAYERS = f"['{TRAIN}','{MULTI_GPU}']"
 TINY: dict[str, Any] = {
     **SMALL,
     "discriminator_def#channels": 8,

@@ -189,10 +189,9 @@ class ComparisonPicture:
         engine.add_event_handler(Events.EPOCH_COMPLETED, self._epoch_completed)
 
     def _epoch_completed(self, engine: Any) -> None:
-        shown, engine.shown = engine.shown, None  # whole volumes, not to be held until the next validation
-        if not engine.state.metrics or shown is None:
+        if not engine.state.metrics or engine.shown is None:
             return
-        original, reconstruction, spacing = shown
+        original, reconstruction, spacing = engine.shown
         epoch = engine.state.epoch
         with self.log.writing() as writer:
             writer.add_image("val_original_image", three_planes(original)[None], epoch)

@@ -62,7 +62,7 @@ class VaeValidation(WholeVolumes):
     Attributes:
         interrupted: whether the last validation was, on any rank; it has no metrics then.
         shown: original and reconstruction of this rank's first volume, (X, Y, Z), normalised, and its spacing in mm;
-            for handlers, which may take it (set it to None). It is not kept beyond a validation.
+            for handlers. Whole volumes, so it is not kept beyond a validation.
     """
 
     remedy = "lower autoencoder_train#val_sliding_window_patch_size"
@@ -172,4 +172,4 @@ class VaeValidation(WholeVolumes):
         }
 
     def _forget_shown(self, engine: Any) -> None:
-        self.shown = None  # on ranks whose handlers do not take it
+        self.shown = None
