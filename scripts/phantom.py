@@ -8,13 +8,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import fire
 import nibabel as nib
 import numpy as np
 from nibabel.orientations import axcodes2ornt, inv_ornt_aff, ornt_transform
 from tqdm import tqdm
 
-from scripts.common import errors
+from scripts.common.words import door
 from scripts.data.nifti import save_nifti
 
 # Hounsfield units of the tissues, rounded from any CT textbook.
@@ -185,5 +184,4 @@ def write(
 
 
 if __name__ == "__main__":
-    errors.install()
-    fire.Fire({"write": write})
+    door({"write": write})

@@ -5,9 +5,7 @@ python -m scripts.volumes prepare --datalist data/datalist_ct.json
 
 from __future__ import annotations
 
-import fire
-
-from scripts.common import errors
+from scripts.common.words import door
 from scripts.data.datalist import load
 from scripts.data.store import Store
 
@@ -26,5 +24,4 @@ def prepare(
 
 
 if __name__ == "__main__":
-    errors.install()
-    fire.Fire({"prepare": prepare})
+    door({"prepare": prepare})

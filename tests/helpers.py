@@ -56,6 +56,12 @@ TINY: dict[str, Any] = {
     "autoencoder_train#val_interval": 1,
 }
 
+# What Fire, which takes words for Python, would change.
+TRICKY = [
+    "ct#2", "20261125", "2e3", "1", "true", "None", "[a, b]", "(1, 2)", "{a: b}", "'x'", "~user/x", "@key", "$HOME",
+    "%file", "a b", " ", "ü/é", "\udcfc", "1_000", "0x10", "-", "a,b", "x=y", "lambda: 0", "...",
+]  # fmt: skip
+
 
 # Volumes
 

@@ -1,13 +1,19 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from fire.parser import DefaultParseValue
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+from monai.bundle import ConfigWorkflow
 
 from scripts.common.command_line import check_command_line
-from scripts.common.errors import UserError
-from tests.helpers import TRAIN
+from scripts.common.errors import UserError, last_line
+from tests.helpers import TRAIN, TRICKY
 
 
 def run(*words: str) -> list[str]:
@@ -64,3 +70,115 @@ def test_other_programs_are_left_alone() -> None:
 def test_lists_of_files_are_read_as_monai_reads_them(files: str) -> None:
     with pytest.raises(UserError, match="--modle_dir: no such key in configs/train.json, configs/demo.json; did you"):
         check_command_line(["x", "run", f"--config_file={files}", "--modle_dir", "x"])
+
+
+CONFIG = {
+    "imports": ["$import scripts.common.command_line as command_line"],
+    "bundle_root": ".",
+    "output_dir": "$@bundle_root + '/outputs'",
+    "model_dir": "~/maisi#1",
+    "start_path": None,
+    "json_data_list": None,
+    "overwrite": False,
+    "count": 1,
+    "multiple": None,
+    "group": {"aug": True, "kind": "l1", "interval": 3},
+    "interval": "@group#interval",
+    "thing": {"_target_": "builtins.dict", "folder": "@output_dir", "aug": "@group#aug", "fixed": True},
+    "initialize": ["$command_line.read()"],
+}
+
+
+class Run:
+    """MONAI's command line over `CONFIG`, in this process."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.file, self.monkeypatch = folder / "config.json", monkeypatch
+        self.file.write_text(json.dumps(CONFIG))
+        monkeypatch.setenv("HOME", "/home/me")
+
+    def __call__(self, *words: str, layer: dict[str, Any] | None = None) -> ConfigWorkflow:
+        files = [str(self.file)]
+        if layer is not None:
+            files.append(str(self.file.with_name("layer.json")))
+            Path(files[1]).write_text(json.dumps(layer))
+        argv = ["monai/bundle/__main__.py", "run", "--config_file", repr(files), *words]
+        self.monkeypatch.setattr(sys, "argv", argv)
+        pairs = [word.lstrip("-").split("=", 1) for word in words]
+        overrides = {pair[0].replace("-", "_"): DefaultParseValue(pair[1]) if pair[1:] else True for pair in pairs}
+        workflow = ConfigWorkflow(files, logging_file=False, meta_file=None, **overrides)
+        workflow.initialize()
+        return workflow
+
+    def value(self, key: str, *words: str, **options: Any) -> Any:
+        return self(*words, **options).parser.get_parsed_content(key)
+
+
+@pytest.fixture
+def overridden(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    return Run(tmp_path, monkeypatch)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(word=st.one_of(st.sampled_from(TRICKY), st.text(st.characters(exclude_characters="\0"), min_size=1)))
+def test_no_path_is_changed(overridden: Run, word: str) -> None:
+    assume(word[0] not in "~[(%")  # the home folder, several paths, and what MONAI reads from another file
+    workflow = overridden(f"--output_dir={word}", f"--start_path={word}", f"--group#kind={word}")
+    parsed = workflow.parser.get_parsed_content
+    null = None if word.lower() in ("null", "none") else word
+    assert (parsed("output_dir"), parsed("group")["kind"], parsed("start_path")) == (word, word, null)
+    assert parsed("thing") == {"folder": word, "aug": True, "fixed": True}
+
+
+@pytest.mark.parametrize("word", ["false", "False", "NO", "0"])
+def test_false_is_false_wherever_it_stands(overridden: Run, word: str) -> None:
+    parsed = overridden(f"--group#aug={word}", "--overwrite", f"--thing#fixed={word}").parser.get_parsed_content
+    assert parsed("group")["aug"] is False and parsed("overwrite") is True
+    assert parsed("thing") == {"folder": "./outputs", "aug": False, "fixed": False}
+    with pytest.raises(RuntimeError) as caught:
+        overridden("--overwrite=maybe")
+    assert last_line(caught.value) == (
+        "error: --overwrite is 'maybe', which is neither true nor false; use one of true, yes, 1, false, no, 0"
+    )
+
+
+def test_home_folders_and_what_layers_say(overridden: Run) -> None:
+    parsed = overridden(
+        "--output-dir=~/recon", layer={"bundle_root": "~/b", "start_path": "c#d"}
+    ).parser.get_parsed_content
+    assert parsed("output_dir") == "/home/me/recon" and parsed("model_dir") == "/home/me/maisi#1"
+    assert parsed("bundle_root") == "/home/me/b" and parsed("start_path") == "c#d"
+    assert overridden.value("output_dir", layer={"bundle_root": "~/b"}) == "/home/me/b/outputs"
+    assert overridden.value("json_data_list", "--json_data_list=['a#1.json','~/b.json']") == [
+        "a#1.json",
+        "/home/me/b.json",
+    ]
+
+
+def test_references_keep_their_meaning(overridden: Run) -> None:
+    assert overridden.value("output_dir", "--output_dir=@model_dir") == "/home/me/maisi#1"
+    assert overridden.value("output_dir", "--output_dir=$@bundle_root + '/x'") == "./x"
+    assert overridden.value("overwrite", "--overwrite=@group#aug") is True
+    assert overridden.value("interval", "--group#interval=7") == 7 == overridden.value("interval", "--interval=7")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--count=abc"], "--count is 'abc', which is no number; use one"),
+        (["--output_dir"], "--output_dir has no value; give one, after = where it begins with dashes"),
+        (["--interval=x"], "--interval is 'x', which is no number; use one"),
+    ],
+)
+def test_words_of_another_kind_are_refused(overridden: Run, words: list[str], message: str) -> None:
+    with pytest.raises(RuntimeError) as caught:
+        overridden(*words)
+    assert last_line(caught.value) == f"error: {message}"
+
+
+def test_overrides_from_python_are_left_as_they_are(overridden: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["notebook"])
+    workflow = ConfigWorkflow(str(overridden.file), logging_file=False, meta_file=None, output_dir="~/x", count="2")
+    workflow.initialize()
+    parsed = workflow.parser.get_parsed_content
+    assert parsed("output_dir") == "/home/me/x" and parsed("count") == "2" and parsed("overwrite") is False
