@@ -2,31 +2,38 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from scripts.common.errors import UserError, reason
-from scripts.common.files import write_json
+from scripts.common.files import read_json, write_json
+from scripts.data.nifti import stem
+from scripts.data.search import find
 
 SPLITS = ("training", "validation", "testing")
 CLASSES = ("ct", "mri")
 Datalist = dict[str, list[dict[str, str]]]
 
 
-def _find(folder: str, pattern: str) -> list[Path]:
-    root = Path(folder)
-    if not root.is_dir():
+def _find(folder: str, pattern: str | None) -> list[Path]:
+    if not Path(folder).is_dir():
         raise UserError(f"{folder}: no such folder; correct --train_dir, --val_dir, --test_dir or --data_dir")
-    found = sorted(path for path in root.rglob(pattern) if path.is_file())
-    if not found:
-        raise UserError(f"{folder}: no file matches the pattern {pattern!r}; correct --pattern (quote it)")
-    return found
+    found = find(folder, pattern)
+    print(f"{folder}: {found}")
+    if not found.files:
+        what = f"no file matches the pattern {pattern!r}; correct --pattern (quote it)" if pattern else "no NIfTI file"
+        raise UserError(f"{folder}: {what}")
+    names: dict[str, Path] = {}
+    for file in found.files:
+        if (other := names.setdefault(stem(str(file)), file)) != file:
+            raise UserError(f"{file}: has the name of {other}; choose between them by --pattern, '*.nii.gz' say")
+    return found.files
 
 
 def _split(
@@ -56,7 +63,7 @@ def build(
     val_dir: str | None = None,
     test_dir: str | None = None,
     data_dir: str | None = None,
-    pattern: str = "*.nii.gz",
+    pattern: str | None = None,
     val_fraction: float = 0.1,
     test_fraction: float = 0.1,
     seed: int = 0,
@@ -72,7 +79,8 @@ def build(
         val_dir: folder of the validation volumes.
         test_dir: folder of the test volumes; may be left out.
         data_dir: one folder for all, instead of the three.
-        pattern: which files, as a glob; quote it.
+        pattern: which files, as a glob (quote it); all `.nii` and `.nii.gz` files where it is left out. Links are
+            followed, hidden files left out.
         val_fraction: share of the files of `data_dir` to validate on.
         test_fraction: share of the files of `data_dir` to test on.
         seed: of the random split.
@@ -97,7 +105,7 @@ def build(
 
 
 def _split_folder(
-    folder: str, pattern: str, fractions: Mapping[str, float], seed: int, group_by: str | None
+    folder: str, pattern: str | None, fractions: Mapping[str, float], seed: int, group_by: str | None
 ) -> dict[str, list[Path]]:
     val_fraction, test_fraction = fractions.values()
     if min(val_fraction, test_fraction) < 0 or val_fraction + test_fraction >= 1:
@@ -144,7 +152,7 @@ def load(path: str | Path, base_dir: str | Path | None = None) -> Datalist:
     if not path.is_file():
         raise UserError(f"{path}: no such datalist; make one with python -m scripts.datalist build")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
     except (ValueError, RecursionError) as error:  # of its text, its encoding, or lists in lists without end
         raise UserError(
             f"{path}: is not JSON ({reason(error)}); build it with python -m scripts.datalist build"
@@ -194,19 +202,53 @@ def entries_of(datalist: Datalist, split: str, path: str | Path) -> list[dict[st
     return datalist[split]
 
 
-def load_split(json_data_list: str | Sequence[str], split: str, base_dir: str | None = None) -> list[dict[str, str]]:
-    """The entries of one split of a datalist, which must not be empty.
+def load_all(
+    json_data_list: str | Sequence[str],
+    base_dir: str | Path | None = None,
+    data_base_dir: str | Sequence[str] | None = None,
+) -> Datalist:
+    """Read one datalist or several, whose lists are joined.
 
     Args:
-        json_data_list: the datalist; of a list of datalists, the first.
-        split: one of `SPLITS`.
-        base_dir: what relative paths are relative to, as for `load`.
+        json_data_list: the datalist, or a list of them.
+        base_dir: what relative paths are relative to, as for `load`, where `data_base_dir` is None.
+        data_base_dir: the same; one for all datalists, or one for each.
 
     Raises:
-        UserError: as `load` and `entries_of` do.
+        UserError: as `load` does; and where there are as many datalists as folders for them.
     """
-    path = json_data_list if isinstance(json_data_list, str) else json_data_list[0]
-    return entries_of(load(path, base_dir), split, path)
+    files = [json_data_list] if isinstance(json_data_list, str) else list(json_data_list)
+    one = data_base_dir is None or isinstance(data_base_dir, str)
+    folders: list[Any] = [data_base_dir] * len(files) if one else list(data_base_dir or ())
+    if len(folders) != len(files):
+        raise UserError(
+            f"data_base_dir has {len(folders)} entries, but json_data_list {len(files)}; give one folder for each "
+            "datalist, or one for all"
+        )
+    joined: Datalist = {split: [] for split in SPLITS}
+    for file, folder in zip(files, folders, strict=True):
+        for split, entries in load(file, folder or base_dir).items():
+            joined[split] += entries
+    return joined
+
+
+def load_split(
+    json_data_list: str | Sequence[str],
+    split: str,
+    base_dir: str | None = None,
+    data_base_dir: str | Sequence[str] | None = None,
+) -> list[dict[str, str]]:
+    """The entries of one split of one datalist or of several, which must not be empty.
+
+    Args:
+        json_data_list: as for `load_all`; so are `base_dir` and `data_base_dir`.
+        split: one of `SPLITS`.
+
+    Raises:
+        UserError: as `load_all` and `entries_of` do.
+    """
+    name = json_data_list if isinstance(json_data_list, str) else ", ".join(json_data_list)
+    return entries_of(load_all(json_data_list, base_dir, data_base_dir), split, name)
 
 
 def shared_volumes(datalist: Datalist, within: bool = True) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,10 +16,11 @@ from monai.transforms import ResizeWithPadOrCrop
 from torch.utils.data import Dataset
 
 from scripts.common.ranks import gather
+from scripts.data.faults import attempt
 from scripts.data.intensity import Intensity
 from scripts.data.nifti import stem
 from scripts.data.patches import RandomPatch
-from scripts.data.store import BROKEN, Store, explain, read_volume
+from scripts.data.store import Store, read_volume
 
 
 class PatchDataset(Dataset):
@@ -38,8 +40,18 @@ class PatchDataset(Dataset):
         return len(self.data)
 
     def names(self) -> list[list[str]]:
-        """File name and class of each volume: what must not change while a training goes on; folders may."""
+        """File name and class of each volume."""
         return [[Path(entry["image"]).name, entry.get("class", "ct")] for entry in self.data]
+
+    def identities(self) -> list[list[str | int]]:
+        """What must not change while a training goes on: each volume's path beneath the folder of all, and its bytes.
+
+        Where that folder lies may change.
+        """
+        paths = [os.path.abspath(entry["image"]) for entry in self.data]  # noqa: PTH100 (keeps links)
+        folder = os.path.commonpath([os.path.dirname(path) for path in paths])  # noqa: PTH120
+        relative = [os.path.relpath(path, folder).encode(errors="backslashreplace").decode() for path in paths]
+        return [[name, Path(path).stat().st_size] for name, path in zip(relative, paths, strict=True)]
 
     def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any]:
         """The patch of `(epoch, index)`, or of epoch 1 where only the index is given.
@@ -49,12 +61,11 @@ class PatchDataset(Dataset):
             cannot be read, `image` being NaN then.
         """
         epoch, index = key if isinstance(key, tuple) else (1, key)
-        entry, error = self.data[index], ""
+        entry = self.data[index]
         rng = np.random.default_rng([self.seed, epoch, index])
-        try:
-            image = self.transform(self.store.open(entry), rng)
-        except BROKEN as problem:
-            image, error = torch.full((1, *self.transform.patch_size), torch.nan), explain(entry, problem)
+        image, error = attempt(entry, lambda: self.transform(self.store.open(entry), rng))
+        if image is None:
+            image = torch.full((1, *self.transform.patch_size), torch.nan)
         return {"image": image, "path": entry["image"], "error": error}
 
 
@@ -80,10 +91,10 @@ class WholeVolumeDataset(Dataset):
             of these four, `error`, why the volume cannot be read.
         """
         entry = {"class": "ct", "name": stem(Path(self.data[index]["image"]).name), **self.data[index]}
-        try:
-            data, affine, intensity = self._read(entry)
-        except Exception as problem:  # whatever a broken file raises is the fault of this volume alone
-            return {**entry, "error": explain(entry, problem)}
+        volume, error = attempt(entry, lambda: self._read(entry))
+        if volume is None:
+            return {**entry, "error": error}
+        data, affine, intensity = volume
         spacing = nib.affines.voxel_sizes(affine).tolist()
         voxels = torch.from_numpy(np.ascontiguousarray(data))[None, None]
         return {**entry, "voxels": voxels, "affine": affine, "spacing": spacing, "intensity": intensity}

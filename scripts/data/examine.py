@@ -11,9 +11,12 @@ from tqdm import tqdm
 
 from scripts.common.errors import UserError
 from scripts.data.datalist import entries_of, load, shared_volumes
+from scripts.data.faults import attempt, first_of
 from scripts.data.intensity import CT_WINDOW
-from scripts.data.nifti import Header, read_header
+from scripts.data.nifti import CT_LIMIT, Header, read_header
 from scripts.data.store import read_volume
+
+SPACINGS = (0.05, 20.0)  # mm; no scanner for patients makes voxels beyond these
 
 
 def check_headers(entries: Sequence[Mapping[str, str]], num_workers: int = 16, progress: bool = True) -> list[Header]:
@@ -23,20 +26,15 @@ def check_headers(entries: Sequence[Mapping[str, str]], num_workers: int = 16, p
         UserError: naming the first broken volume, and how many more there are.
     """
 
-    def one(entry: Mapping[str, str]) -> Header | UserError:
-        try:
-            return read_header(entry["image"], entry.get("class", "ct"))
-        except UserError as error:
-            return error
+    def one(entry: Mapping[str, str]) -> tuple[Header | None, str]:
+        return attempt(entry, lambda: read_header(entry["image"], entry.get("class", "ct")))
 
     with ThreadPoolExecutor(num_workers) as pool:
         bar = tqdm(entries, desc="headers", unit="volume", leave=False, disable=not progress)
         results = list(pool.map(one, bar))
-    broken = [r for r in results if isinstance(r, UserError)]
-    if broken:
-        more = f" ({len(broken) - 1} more; python -m scripts.datalist check lists them all)" if len(broken) > 1 else ""
-        raise UserError(f"{broken[0]}{more}")
-    return [r for r in results if isinstance(r, Header)]
+    if broken := [fault for _, fault in results if fault]:
+        raise UserError(first_of(broken))
+    return [header for header, _ in results if header is not None]
 
 
 @dataclass
@@ -50,12 +48,14 @@ class Findings:
 
 def examine(entry: Mapping[str, str]) -> Findings:
     """Read one volume whole and describe it: size, spacing (mm), orientation, dtype, percentiles, window share."""
+    found, fault = attempt(entry, lambda: _described(entry))
+    return Findings(entry["image"], problems=[fault]) if found is None else found
+
+
+def _described(entry: Mapping[str, str]) -> Findings:
     path, modality = entry["image"], entry.get("class", "ct")
-    try:
-        header = read_header(path, modality)
-        data, _, _ = read_volume(entry)
-    except UserError as error:
-        return Findings(f"{path}", problems=[str(error)])
+    header = read_header(path, modality)
+    data, _, _ = read_volume(entry)
     low, median, high = np.percentile(data, (1, 50, 99))
     outside = float(((data < CT_WINDOW[0]) | (data > CT_WINDOW[1])).mean())
     size = " x ".join(map(str, header.shape))
@@ -64,13 +64,18 @@ def examine(entry: Mapping[str, str]) -> Findings:
         f"{path}  {modality}  {size}  {spacing} mm  {header.axcodes}  {header.dtype}  "
         f"p1 {low:.0f}  p50 {median:.0f}  p99 {high:.0f}  outside window {outside:.1%}"
     )
+    found.warnings += [f"{path}: {note}" for note in header.notes]
     if modality == "ct":
         if data.min() > -200:
             found.warnings.append(f"{path}: minimum {data.min():.0f} HU, no air; is it rescaled to HU?")
         if outside > 0.5:
             found.warnings.append(f"{path}: {outside:.0%} of the voxels lie outside -1000..1000 HU")
+        if data.max() == CT_LIMIT:
+            found.warnings.append(f"{path}: a few voxels reach beyond {CT_LIMIT:.0f} HU, and are clipped to it")
     if min(header.shape) < 16:
         found.warnings.append(f"{path}: only {min(header.shape)} slices along one axis; patches will be padded")
+    if not all(SPACINGS[0] <= s <= SPACINGS[1] for s in header.spacing):
+        found.warnings.append(f"{path}: voxels of {spacing} mm; is its unit of length right?")
     return found
 
 

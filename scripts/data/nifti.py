@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import gzip
-import os
-import zlib
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,60 +10,51 @@ import nibabel as nib
 import numpy as np
 from nibabel.orientations import apply_orientation, axcodes2ornt, io_orientation, ornt_transform
 
-from scripts.common.errors import UserError, reason
+from scripts.common.errors import UserError
 from scripts.common.files import whole
+from scripts.data.nifti_file import check_complete, opened, voxels
 
-CT_LIMIT = 30000.0  # no tissue or metal; what wraps round in uint16 comes out beyond it
+logger = logging.getLogger(__name__)
+
+CT_LIMIT = 30000.0  # HU; no tissue, and hardly a metal; what wraps round in uint16 comes out beyond it
+WRAPPED = 0.005  # the share of voxels beyond it that metal does not reach, and wrapped air does
+UNITS = {"meter": 1000.0, "micron": 0.001}  # mm; all else is mm
 
 
 @dataclass(frozen=True)
 class Header:
-    """What the header of a NIfTI file says: `shape` (voxels) and `spacing` (mm) in the file's own axis order."""
+    """What the header of a NIfTI file says: `shape` (voxels) and `spacing` (mm) in the file's own axis order.
+
+    `notes` are sentences about what had to be interpreted.
+    """
 
     path: Path
     shape: tuple[int, ...]
     spacing: tuple[float, ...]
     axcodes: str
     dtype: str
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Geometry:
+    """Three spatial sizes, the 4 x 4 affine (mm) of the file's own axes, and what had to be interpreted."""
+
+    shape: tuple[int, int, int]
+    affine: np.ndarray
+    notes: tuple[str, ...]
 
 
 def stem(name: str) -> str:
     """A file name or path without the ending of a NIfTI file."""
-    return name.removesuffix(".gz").removesuffix(".nii")
-
-
-def _open_nifti(path: Path) -> nib.Nifti1Image:
-    remedy = "remove it or replace the file"
-    if not path.exists():
-        raise UserError(f"{path}: no such file; correct the path")
-    if path.is_dir():
-        raise UserError(f"{path}: is a directory, not a NIfTI file; {remedy}")
-    if path.stat().st_size == 0:
-        raise UserError(f"{path}: is empty (0 bytes); {remedy}")
-    try:
-        image = nib.load(path)
-    except PermissionError as error:
-        raise UserError(f"{path}: cannot be read (permission denied); chmod it or run as its owner") from error
-    except Exception as error:
-        raise UserError(f"{path}: is not a readable NIfTI file ({reason(error)}); {remedy}") from error
-    if not isinstance(image, nib.Nifti1Image):
-        raise UserError(f"{path}: is {type(image).__name__}, not NIfTI; convert it to .nii.gz")
-    return image
-
-
-def _spatial_shape(image: nib.Nifti1Image, path: Path, modality: str) -> tuple[int, int, int]:
-    shape = tuple(int(n) for n in image.shape)
-    if len(shape) == 4 and (shape[3] == 1 or modality == "mri"):
-        shape = shape[:3]
-    if len(shape) != 3:
-        raise UserError(f"{path}: has shape {shape}, not 3D; split it into 3D volumes or remove it")
-    if min(shape) < 2:
-        raise UserError(f"{path}: has shape {shape}, a single slice, not a volume; remove it")
-    return shape
+    for ending in (".nii.gz", ".nii"):
+        if name.lower().endswith(ending):
+            return name[: -len(ending)]
+    return name
 
 
 def read_header(path: str | Path, modality: str = "ct") -> Header:
-    """Check what can be checked without decompressing: existence, format, 3D, affine, completeness.
+    """Check what can be checked without reading voxels: existence, format, 3D, type, affine, completeness.
 
     A truncated `.nii.gz` is found by its last four bytes, which hold the uncompressed size (RFC 1952); only
     where they disagree with the header is the file decompressed to decide.
@@ -74,55 +63,57 @@ def read_header(path: str | Path, modality: str = "ct") -> Header:
         UserError: naming the file, what is wrong and what to do.
     """
     path = Path(path)
-    image, shape, affine = _checked(path, modality)
-    spacing = tuple(float(s) for s in nib.affines.voxel_sizes(affine))
-    axcodes = "".join(nib.aff2axcodes(affine))
-    return Header(path, shape, spacing, axcodes, str(image.get_data_dtype()))
+    with opened(path) as (image, stream):
+        geometry = _geometry(image, path, modality)
+        check_complete(path, image, stream)
+        spacing = tuple(float(s) for s in nib.affines.voxel_sizes(geometry.affine))
+        axcodes = "".join(nib.aff2axcodes(geometry.affine))
+        return Header(path, geometry.shape, spacing, axcodes, str(image.get_data_dtype()), geometry.notes)
 
 
-def _checked(path: Path, modality: str) -> tuple[nib.Nifti1Image, tuple[int, int, int], np.ndarray]:
-    """The image, its three spatial sizes and its affine, after all that can be checked without reading voxels."""
-    image = _open_nifti(path)
-    shape, affine = _spatial_shape(image, path, modality), _affine(image, path)
-    _check_complete(path, image)
-    return image, shape, affine
+def _geometry(image: nib.Nifti1Image, path: Path, modality: str) -> _Geometry:
+    shape = tuple(int(n) for n in image.shape)
+    while len(shape) > 3 and shape[-1] == 1:  # axes of one entry are none
+        shape = shape[:-1]
+    if len(shape) == 4 and modality == "mri":
+        shape = shape[:3]
+    if len(shape) != 3:
+        raise UserError(f"{path}: has shape {image.shape}, not 3D; split it into 3D volumes or remove it")
+    if min(shape) < 2:
+        raise UserError(f"{path}: has shape {shape}, a single slice, not a volume; remove it")
+    dtype = image.get_data_dtype()
+    if dtype.kind not in "iuf":
+        what = "colours (RGB)" if dtype.fields else f"the type {dtype}"
+        raise UserError(f"{path}: has voxels of {what}, which are no intensities; convert it to numbers or remove it")
+    affine, note = _affine(image, path)
+    unit = image.header["xyzt_units"].item() % 8
+    factor = {1: UNITS["meter"], 3: UNITS["micron"]}.get(unit, 1.0)
+    notes = [note] if note else []
+    if factor != 1:
+        affine = np.diag([factor] * 3 + [1.0]) @ affine
+        notes.append(f"its lengths are in {'metres' if factor > 1 else 'micrometres'}, and are taken as mm")
+    return _Geometry(shape, affine, tuple(notes))
 
 
-def _affine(image: nib.Nifti1Image, path: Path) -> np.ndarray:
-    affine = image.affine
-    finite = np.isfinite(affine).all() and abs(np.linalg.det(affine[:3, :3])) > 1e-9
-    if not finite or None in nib.aff2axcodes(affine):
-        raise UserError(f"{path}: its affine is singular ({affine[:3, :3].tolist()}); repair the header's qform/sform")
-    return affine
+def _affine(image: nib.Nifti1Image, path: Path) -> tuple[np.ndarray, str]:
+    """The affine that the file means, in its own unit, and what is to be said of it."""
+    header = image.header
+    if _regular(image.affine):
+        if not (header["qform_code"] or header["sform_code"]):
+            return image.affine, "it has neither qform nor sform, so its orientation is a guess (LAS)"
+        return image.affine, ""
+    if header["sform_code"] and header["qform_code"] and _regular(qform := header.get_qform()):
+        return qform, "its sform is singular, so its qform is taken"
+    matrix = image.affine[:3, :3].tolist()
+    raise UserError(f"{path}: its affine is singular ({matrix}); repair the header's qform/sform")
 
 
-def _check_complete(path: Path, image: nib.Nifti1Image) -> None:
-    offset = int(getattr(image.dataobj, "offset", 0))
-    expected = offset + int(np.prod(image.shape, dtype=np.int64)) * image.get_data_dtype().itemsize
-    if path.suffix != ".gz":
-        if path.suffix == ".nii" and path.stat().st_size < expected:
-            raise _truncated(path, path.stat().st_size, expected)
-        return
-    # gzip ends in the uncompressed size, modulo 2^32 (RFC 1952): right for a whole file of one member. A file that was
-    # cut ends in other bytes, and one of several members in the size of its last, so both are read to decide.
-    with path.open("rb") as file:
-        file.seek(-4, os.SEEK_END)
-        stored = int.from_bytes(file.read(4), "little")
-    if stored == expected % 2**32:
-        return
-    size = 0
-    try:
-        with gzip.open(path) as stream:
-            while block := stream.read(1 << 24):
-                size += len(block)
-    except (EOFError, OSError, zlib.error) as error:
-        raise _truncated(path, size, expected) from error
-    if size < expected:
-        raise _truncated(path, size, expected)
-
-
-def _truncated(path: Path, size: int, expected: int) -> UserError:
-    return UserError(f"{path}: is truncated or damaged ({size} of {expected} bytes readable); copy it again")
+def _regular(affine: np.ndarray) -> bool:
+    """Whether the axes are three directions, however long."""
+    lengths = np.linalg.norm(affine[:3, :3], axis=0)
+    if not np.isfinite(affine).all() or lengths.min() <= 0:
+        return False
+    return bool(abs(np.linalg.det(affine[:3, :3] / lengths)) > 1e-3) and None not in nib.aff2axcodes(affine)
 
 
 def read_nifti(path: str | Path, modality: str = "ct", select_channel: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -141,26 +132,24 @@ def read_nifti(path: str | Path, modality: str = "ct", select_channel: int = 0) 
         UserError: naming the file, what is wrong and what to do.
     """
     path = Path(path)
-    image, _, affine = _checked(path, modality)
-    try:
-        data = np.asanyarray(image.dataobj)
-    except MemoryError:
-        raise
-    except Exception as error:
-        raise UserError(f"{path}: is truncated or damaged ({reason(error)}); copy it again") from error
-    if data.ndim == 4:
-        channel = select_channel if modality == "mri" else 0
-        if channel >= data.shape[3]:
-            raise UserError(f"{path}: has {data.shape[3]} channels, but select_channel is {channel}; lower it")
-        data = data[..., channel]
-    data = _narrow(data, path)
+    with opened(path) as (image, stream):
+        geometry = _geometry(image, path, modality)
+        check_complete(path, image, stream)
+        data = voxels(path, image, stream)
+    for note in geometry.notes:
+        logger.info("%s: %s", path, note)
+    data = data.reshape(*geometry.shape, -1)
+    channel = select_channel if modality == "mri" else 0
+    if channel >= data.shape[3]:
+        raise UserError(f"{path}: has {data.shape[3]} channels, but select_channel is {channel}; lower it")
+    data = _narrow(data[..., channel], path)
     # (X, Y, Z) in the file's axes becomes RAS by flips and transposes alone, so no voxel changes its value.
-    canonical = nib.as_closest_canonical(nib.Nifti1Image(data, affine))
+    canonical = nib.as_closest_canonical(nib.Nifti1Image(data, geometry.affine))
     return np.asanyarray(canonical.dataobj), canonical.affine
 
 
-def check_values(data: np.ndarray, path: str | Path, modality: str) -> None:
-    """Whether the intensities can be those of a volume.
+def plausible(data: np.ndarray, path: str | Path, modality: str) -> np.ndarray:
+    """A volume's intensities, where they can be such; a few beyond `CT_LIMIT` are clipped to it, with a warning.
 
     Raises:
         UserError: for a constant volume, and for CT with impossible Hounsfield units.
@@ -168,10 +157,15 @@ def check_values(data: np.ndarray, path: str | Path, modality: str) -> None:
     low, high = float(data.min()), float(data.max())
     if low == high:
         raise UserError(f"{path}: is constant (every voxel {low:g}); remove it")
-    if modality == "ct" and high > CT_LIMIT:
+    if modality != "ct" or high <= CT_LIMIT:
+        return data
+    beyond = int((data > CT_LIMIT).sum())
+    if beyond > WRAPPED * data.size:
         raise UserError(
             f"{path}: reaches {high:.0f} HU; uint16 overflow or wrong scaling; convert it again from its source"
         )
+    logger.warning("%s: reaches %.0f HU; %d voxels are clipped to %.0f", path, high, beyond, CT_LIMIT)
+    return _narrow(np.minimum(data, data.dtype.type(CT_LIMIT)), Path(path))
 
 
 def _narrow(data: np.ndarray, path: Path) -> np.ndarray:
@@ -198,11 +192,12 @@ def write_like(source: str | Path, data: np.ndarray, target: str | Path) -> None
         data: (X, Y, Z) in the closest canonical orientation; its type is the file's.
         target: a path that ends in `.nii.gz`.
     """
-    image = _open_nifti(Path(source))
-    to_source = ornt_transform(axcodes2ornt("RAS"), io_orientation(image.affine))
+    with opened(Path(source)) as (image, _):
+        affine, _ = _affine(image, Path(source))
+    to_source = ornt_transform(axcodes2ornt("RAS"), io_orientation(affine))
     stored = apply_orientation(data, to_source)
-    if image.ndim == 4 and image.shape[3] == 1:
-        stored = stored[..., None]
+    if stored.size == np.prod(image.shape):  # with its axes of one entry, where it has some
+        stored = stored.reshape(image.shape)
     header = image.header.copy()
     header.set_data_dtype(data.dtype)
     header.set_slope_inter(1, 0)

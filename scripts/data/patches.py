@@ -198,9 +198,9 @@ def _along(line: torch.Tensor, axis: int) -> torch.Tensor:
 
 
 def _sample_oblique(values: np.ndarray, matrix: np.ndarray, offset: np.ndarray, counts: np.ndarray) -> torch.Tensor:
-    # grid_sample wants (z, y, x) coordinates in -1..1 over the box: `grid` is (X, Y, Z, 3). Built by broadcasting, three
-    # times as quick as torch.nn.functional.affine_grid: i (X, 1, 1) and j (1, Y, 1) add up in float64, and only the sum
-    # with k (1, 1, Z), which is as large as the patch, in float32.
+    # grid_sample wants (z, y, x) coordinates in -1..1 over the box: `grid` is (X, Y, Z, 3). Built by broadcasting,
+    # three times as quick as torch.nn.functional.affine_grid: i (X, 1, 1) and j (1, Y, 1) add up in float64, and only
+    # the sum with k (1, 1, Z), which is as large as the patch, in float32.
     scale = 2.0 / np.maximum(np.array(values.shape) - 1, 1)
     grid = torch.empty((*counts.tolist(), 3))
     lines = [_along(torch.arange(int(n), dtype=torch.float64), axis) for axis, n in enumerate(counts)]

@@ -14,6 +14,7 @@ import uuid
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from pathlib import Path
 
 import blosc2
@@ -22,8 +23,10 @@ import numpy as np
 from tqdm import tqdm
 
 from scripts.common.errors import UserError, reason
+from scripts.common.files import make_folders
+from scripts.data.faults import FolderError, attempt, first_of
 from scripts.data.intensity import Intensity
-from scripts.data.nifti import check_values, read_nifti
+from scripts.data.nifti import plausible, read_nifti
 
 blosc2.set_nthreads(1)  # parallelism comes from data-loader workers; a thread pool would not survive their fork
 
@@ -31,15 +34,6 @@ FORMAT = 1  # raise when conversion changes, so that older conversions are not f
 # Chunks of 64^3 in blocks of 32^3: a random 96^3 box touches few blocks, and a whole volume still reads at full speed
 # (measured on 512 x 512 x 140 CT: docs/performance.md).
 CHUNK, BLOCK = 64, 32
-
-BROKEN = (OSError, RuntimeError, ValueError)  # what reading a damaged volume raises
-
-
-def explain(entry: Mapping[str, str], problem: Exception) -> str:
-    """Why a volume cannot be read, in one line that names it."""
-    if isinstance(problem, UserError) and entry["image"] in str(problem):
-        return " ".join(str(problem).split())
-    return f"{entry['image']}: cannot be read any more ({reason(problem)})"
 
 
 def read_volume(entry: Mapping[str, str], select_channel: int = 0) -> tuple[np.ndarray, np.ndarray, Intensity]:
@@ -50,11 +44,16 @@ def read_volume(entry: Mapping[str, str], select_channel: int = 0) -> tuple[np.n
     """
     path, modality = entry["image"], entry.get("class", "ct")
     data, affine = read_nifti(path, modality, select_channel)
-    check_values(data, path, modality)
+    data = plausible(data, path, modality)
     try:
         return data, affine, Intensity.for_volume(data, modality)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
+
+
+def _printable(name: str) -> str:
+    """A file name without the bytes that are no text."""
+    return name.encode(errors="replace").decode()
 
 
 class Volume:
@@ -103,7 +102,10 @@ class Store:
         modality = entry.get("class", "ct")
         identity = [FORMAT, str(source), status.st_size, status.st_mtime_ns, modality, self.select_channel]
         digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
-        return self.folder / f"{source.name.split('.nii')[0]}-{digest}.b2nd"
+        name = (
+            _printable(source.name.split(".nii")[0]).encode()[:200].decode(errors="ignore")
+        )  # of the 255 there may be
+        return self.folder / f"{name}-{digest}.b2nd"
 
     def open(self, entry: Mapping[str, str]) -> Volume:
         """The volume of an entry, converted now if it was not before."""
@@ -122,7 +124,11 @@ class Store:
         if target.exists():
             return target
         data, affine, intensity = read_volume(entry, self.select_channel)
-        facts = {"affine": affine.tolist(), "window": list(intensity.window), "source": str(entry["image"])}
+        facts = {
+            "affine": affine.tolist(),
+            "window": list(intensity.window),
+            "source": entry["image"].encode(errors="replace").decode(),
+        }
         self._write(target, data, facts)
         return target
 
@@ -144,12 +150,13 @@ class Store:
             del array
             part.replace(target)
         except (OSError, RuntimeError) as error:  # Blosc2 raises RuntimeError where the disk is full
-            raise UserError(
+            raise FolderError(
                 f"{self.folder}: cannot write the converted {facts['source']} ({reason(error)}); free space there, or "
                 "set store_dir to another folder"
             ) from error
         finally:
-            part.unlink(missing_ok=True)
+            with suppress(OSError):
+                part.unlink()
 
     def convert_missing(self, entries: Sequence[Mapping[str, str]], num_workers: int = 4, progress: bool = True) -> int:
         """Convert what is missing of `entries`, in `num_workers` processes.
@@ -158,20 +165,22 @@ class Store:
             how many volumes were converted.
 
         Raises:
-            UserError: naming the first volume that cannot be converted, or the disk that is too small.
+            UserError: naming a volume that cannot be converted, and how many more there are, once all others are; or
+                the disk that is too small.
         """
         wanted = {entry["image"]: entry for entry in entries}
         missing = [entry for entry in wanted.values() if not self.path(entry).exists()]
         if not missing:
             return 0
-        self._check_disk([entry["image"] for entry in missing], progress)
+        self._check_folder([entry["image"] for entry in missing], progress)
+        faults = []
         bar = tqdm(total=len(missing), desc="converting", unit="volume", disable=not progress)
         workers = max(1, min(num_workers, len(missing)))
         with bar, ProcessPoolExecutor(workers, multiprocessing.get_context("fork")) as pool:
-            jobs = {pool.submit(self.convert, entry): entry["image"] for entry in missing}
+            jobs = {pool.submit(self._attempt, entry): entry["image"] for entry in missing}
             for job in as_completed(jobs):
                 try:
-                    job.result()
+                    faults.append(job.result())
                 except BrokenProcessPool as error:
                     raise UserError(
                         f"{jobs[job]}: a conversion process was killed, most likely for lack of memory; "
@@ -181,20 +190,31 @@ class Store:
                     pool.shutdown(wait=True, cancel_futures=True)
                     raise
                 bar.update()
+        if broken := sorted(filter(None, faults)):
+            raise UserError(first_of(broken))
         return len(missing)
 
-    def _check_disk(self, sources: Sequence[str], progress: bool) -> None:
+    def _attempt(self, entry: Mapping[str, str]) -> str:
+        """Why an entry cannot be converted; empty where it was."""
+        return attempt(entry, lambda: self.convert(entry))[1]
+
+    def _check_folder(self, sources: Sequence[str], progress: bool) -> None:
+        """Whether conversions can be written, and find room; those that killed processes left are removed."""
         # A conversion takes 0.75 to 1.1 times its .nii.gz; an uncompressed .nii shrinks to about a half.
         need = sum(Path(p).stat().st_size * (1.1 if p.endswith(".gz") else 0.6) for p in sources)
-        folder = self.folder.absolute()
-        free = shutil.disk_usage(next(f for f in (folder, *folder.parents) if f.exists())).free
+        try:
+            make_folders(str(self.folder))
+        except UserError as error:
+            why = reason(error.__cause__ or error)
+            raise FolderError(f"{self.folder}: cannot be written to ({why}); set store_dir to another one") from error
+        free = shutil.disk_usage(self.folder).free
         if progress:
             print(
                 f"{len(sources)} volumes to convert into {self.folder}: about {need / 1e9:.2f} GB, "
                 f"free {free / 1e9:.1f} GB"
             )
         if need > free:
-            raise UserError(
+            raise FolderError(
                 f"{self.folder}: converting needs about {need / 1e9:.2f} GB, but {free / 1e9:.2f} GB is free; "
                 "set store_dir to a larger disk"
             )

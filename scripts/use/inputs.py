@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from scripts.common.errors import UserError
-from scripts.data import datalist as datalists
-from scripts.data.datalist import CLASSES, SPLITS
+from scripts.data import search
+from scripts.data.datalist import CLASSES, SPLITS, Datalist, load_all
 from scripts.data.nifti import stem
 from scripts.use.outputs import ENDINGS, RECORD
 
@@ -26,16 +26,18 @@ def find(
     splits: str | Sequence[str] = SPLITS,
     modality: str = "ct",
     output_dir: str | None = None,
+    data_base_dir: str | Sequence[str] | None = None,
 ) -> Entries:
     """The volumes to work on.
 
     Args:
         dataset_dir: a NIfTI file; a datalist (`.json`); or a folder: the datalist `datalist_ct.json` in it, else all
-            `.nii.gz` and `.nii` files in it and in its subfolders.
-        json_data_list: a datalist, instead; relative paths in it are those under `dataset_dir`.
+            `.nii.gz` and `.nii` files in it and in its subfolders, as `scripts.data.search` finds them.
+        json_data_list: a datalist, or several, instead; relative paths in it are those under `dataset_dir`.
         splits: which lists of a datalist are taken.
         modality: `class` of files that no datalist describes.
         output_dir: of results; these are no input, if it lies in `dataset_dir`.
+        data_base_dir: what paths in datalists are relative to, instead of `dataset_dir`; or one for each datalist.
 
     Returns:
         entries with `image`, the path; `class`; `split`; and `name`, under which results are stored: the path without
@@ -45,18 +47,16 @@ def find(
     Raises:
         UserError: where there is no volume, or two would have results of the same name.
     """
-    splits = [splits] if isinstance(splits, str) else list(splits)
-    if not splits or not set(splits) <= set(SPLITS):
-        raise UserError(f"splits is {splits}; use some of {', '.join(SPLITS)}")
-    if modality not in CLASSES:
-        raise UserError(f"modality is {modality!r}; use one of {', '.join(CLASSES)}")
+    splits = _checked_splits(splits, modality)
     root = _absolute(dataset_dir)
     if not json_data_list and not root.exists():
         raise UserError(f"{dataset_dir}: no such file or folder; correct dataset_dir")
     source = str(root)
-    if datalist := _datalist(root, json_data_list):
-        source = f"{datalist}: {' and '.join(splits)}"
-        entries = _from_datalist(datalist, root.parent if root.is_file() else root, splits)
+    if files := _datalists(root, json_data_list):
+        source = f"{', '.join(files)}: {' and '.join(splits)}"
+        base = root.parent if root.is_file() else root
+        content = load_all(files, base, data_base_dir)
+        entries = _from_datalists(content, [base, _absolute(files[0]).parent], splits)
     elif root.is_dir():
         entries = _from_folder(root, None if output_dir is None else _absolute(output_dir))
     else:
@@ -67,22 +67,31 @@ def find(
     return entries
 
 
-def _datalist(root: Path, json_data_list: str | Sequence[str] | None) -> Path | None:
-    """The datalist that says which volumes there are, if there is one."""
+def _checked_splits(splits: str | Sequence[str], modality: str) -> list[str]:
+    splits = [splits] if isinstance(splits, str) else list(splits)
+    if not splits or not set(splits) <= set(SPLITS):
+        raise UserError(f"splits is {splits}; use some of {', '.join(SPLITS)}")
+    if modality not in CLASSES:
+        raise UserError(f"modality is {modality!r}; use one of {', '.join(CLASSES)}")
+    return splits
+
+
+def _datalists(root: Path, json_data_list: str | Sequence[str] | None) -> list[str]:
+    """The datalists that say which volumes there are, if there are some."""
     if json_data_list:
-        return Path(json_data_list if isinstance(json_data_list, str) else json_data_list[0])
+        return [json_data_list] if isinstance(json_data_list, str) else list(json_data_list)
     if root.suffix == ".json":
-        return root
-    return root / DATALIST if (root / DATALIST).is_file() else None
+        return [str(root)]
+    return [str(root / DATALIST)] if (root / DATALIST).is_file() else []
 
 
-def _from_datalist(path: Path, root: Path, splits: Sequence[str]) -> Entries:
-    content = datalists.load(path, root)
+def _from_datalists(content: Datalist, folders: Sequence[Path], splits: Sequence[str]) -> Entries:
+    """The entries of `splits`, named relative to the first of `folders` that holds all volumes."""
     every = {str(_absolute(entry["image"])) for split in content.values() for entry in split}
     if not every:
         return []
     # The folder that names are relative to is that of all splits, so that a volume has one name whatever is chosen.
-    folders = [root, _absolute(path).parent, Path(os.path.commonpath([Path(image).parent for image in every]))]
+    folders = [*folders, Path(os.path.commonpath([Path(image).parent for image in every]))]
     folder = next(f for f in folders if all(Path(image).is_relative_to(f) for image in every))
     chosen: dict[str, dict[str, str]] = {}  # by path: a volume that several lists have is taken once
     for split in (split for split in SPLITS if split in splits):
@@ -93,23 +102,16 @@ def _from_datalist(path: Path, root: Path, splits: Sequence[str]) -> Entries:
 
 
 def _from_folder(root: Path, output_dir: Path | None) -> Entries:
-    """NIfTI files beneath `root`, also through links, but for hidden ones and those of `output_dir`."""
-    files: list[Path] = []
-    known: set[str] = set()
-    for folder, folders, names in os.walk(root, followlinks=True):
-        here, real = Path(folder), os.path.realpath(folder)
-        if real in known or (here == output_dir and here != root):  # a link back up, or our own results
-            folders.clear()
-            continue
-        known.add(real)
-        folders[:] = sorted(f for f in folders if f[0] != ".")
-        files += [here / name for name in sorted(names) if name.endswith((".nii", ".nii.gz")) and name[0] != "."]
+    """NIfTI files beneath `root`, but for those of `output_dir`."""
+    found = search.find(root, skip=output_dir)
+    files = found.files
     if output_dir == root and list(root.glob(RECORD.format("*"))):
         results = {f"{stem(str(p))}{ending}" for p in files for ending in ENDINGS}
-        ours = {p for p in files if stem(str(p)) in results}
-        if ours:
-            logger.info("%s: %d files are results of earlier runs, and no input", root, len(ours))
-        files = [p for p in files if p not in ours]
+        files = [p for p in files if stem(str(p)) not in results]
+        if ours := len(found.files) - len(files):
+            found.left_out["results of earlier runs"] = ours
+            found.files = files
+    logger.info("%s: %s", root, found)
     return [_entry(path, root) for path in files]
 
 

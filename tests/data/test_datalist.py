@@ -148,3 +148,37 @@ def test_a_split_is_loaded_and_must_not_be_empty(datalist: Path) -> None:
         UserError, match=r"datalist\.json: the list 'validation' is empty or missing; add volumes to it"
     ):
         load_split(str(datalist), "validation")
+
+
+def test_a_byte_order_mark_is_no_fault(datalist: Path) -> None:
+    wanted = load(datalist)
+    datalist.write_bytes(b"\xef\xbb\xbf" + datalist.read_bytes())
+    assert load(datalist) == wanted
+
+
+def test_building_follows_links_and_names_what_it_leaves_out(tmp_path: Path, capsys) -> None:
+    for name in ("data/s1/ct.nii.gz", "data/._ct.nii.gz", "elsewhere/ct.nii.gz", "data/s3/ct.nii"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "data" / "s2").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "data" / "s2" / "again").symlink_to(tmp_path / "data")
+    build(str(tmp_path / "list.json"), data_dir=str(tmp_path / "data"), val_fraction=0.4, test_fraction=0)
+    images = sorted(e["image"] for split in load(tmp_path / "list.json").values() for e in split)
+    assert images == [str(tmp_path / "data" / f"s{i}/ct.nii{'.gz' if i < 3 else ''}") for i in (1, 2, 3)]
+    assert (
+        "data: 3 files; left out: 1 hidden files, 1 links to folders that are searched already"
+        in capsys.readouterr().out
+    )
+    (tmp_path / "data" / "s1" / "ct.nii").touch()
+    with pytest.raises(
+        UserError, match=r"s1/ct\.nii\.gz: has the name of .*s1/ct\.nii; choose between them by --pattern"
+    ):
+        build(str(tmp_path / "list.json"), data_dir=str(tmp_path / "data"))
+
+
+def test_names_that_are_no_text_are_written_and_read_back(tmp_path: Path) -> None:
+    for name in ("a\udcfc.nii.gz", "b\udcff\udcfe.nii.gz", 'ü\n"$.nii.gz'):
+        (tmp_path / name).touch()
+    build(str(tmp_path / "list.json"), data_dir=str(tmp_path), val_fraction=0.4, test_fraction=0)
+    images = {e["image"] for split in load(tmp_path / "list.json").values() for e in split}
+    assert images == {str(path) for path in tmp_path.glob("*.nii.gz")} and all(Path(image).exists() for image in images)

@@ -104,3 +104,25 @@ def test_any_header_is_read_or_refused_by_name(count: int, tmp_path: Path) -> No
         assert all("fuzz.nii" in problem for problem in found.problems)
 
     holds()
+
+
+@EXAMPLES
+def test_a_flipped_bit_changes_nothing_or_is_named(count: int, tmp_path: Path) -> None:
+    data = np.random.default_rng(1).integers(-1000, 1000, (16, 17, 18)).astype(np.int16)
+    path = tmp_path / "flip.nii.gz"
+    nib.save(nib.Nifti1Image(data, np.diag([2.0, 2.0, 3.0, 1.0])), path)
+    whole, rng = path.read_bytes(), np.random.default_rng(2)
+    wanted, affine = read_nifti(path)
+    refused = 0
+    for place, bit in zip(rng.integers(0, len(whole), count), rng.integers(0, 8, count), strict=True):
+        content = bytearray(whole)
+        content[place] ^= 1 << bit
+        path.write_bytes(content)
+        try:
+            got, where = read_nifti(path)
+        except UserError as error:
+            assert_clear(error, "flip.nii.gz")
+            refused += 1
+        else:
+            assert np.array_equal(got, wanted) and np.array_equal(where, affine), (place, bit)
+    assert refused > 0.95 * count  # but for the fields of gzip's header that say nothing about the content

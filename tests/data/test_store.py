@@ -12,7 +12,7 @@ from monai.transforms import ScaleIntensityRange, ScaleIntensityRangePercentiles
 from scripts.common.errors import UserError
 from scripts.data.datalist import load
 from scripts.data.nifti import read_nifti
-from scripts.data.store import Store, Volume, explain
+from scripts.data.store import Store, Volume
 from scripts.phantom import make_phantom
 from scripts.volumes import prepare
 from tests.helpers import oriented_affine, save_nifti
@@ -131,9 +131,3 @@ def test_a_conversion_of_version_0_3_is_found_again(tmp_path: Path) -> None:
     identity = f'[1, "{source}", 100, 1, "ct", 0]'
     digest = hashlib.sha256(identity.encode()).hexdigest()[:16]
     assert Store("store").path({"image": str(source)}) == Path(f"store/v-{digest}.b2nd")
-
-
-def test_what_breaks_is_explained_by_its_name() -> None:
-    told = explain({"image": "/a.nii.gz"}, OSError(2, "No such file or directory"))
-    assert told == "/a.nii.gz: cannot be read any more (No such file or directory)"
-    assert explain({"image": "/a.nii.gz"}, UserError("/a.nii.gz: is\n empty")) == "/a.nii.gz: is empty"

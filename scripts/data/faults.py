@@ -1,0 +1,36 @@
+"""The one place where a volume's failure is caught: whatever its file raises is the fault of that volume alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TypeVar
+
+from scripts.common.errors import UserError, reason
+
+T = TypeVar("T")
+
+
+class FolderError(UserError):
+    """The fault of a folder that is written to, and so of no volume."""
+
+
+def attempt(entry: Mapping[str, str], read: Callable[[], T]) -> tuple[T | None, str]:
+    """What `read` makes of the volume of `entry`, or None and why it cannot, in one line that names the volume.
+
+    Raises:
+        FolderError: which `read` raises, since the other volumes meet it too.
+    """
+    try:
+        return read(), ""
+    except FolderError:
+        raise
+    except Exception as problem:
+        if isinstance(problem, UserError) and entry["image"] in str(problem):
+            return None, " ".join(str(problem).split())
+        return None, f"{entry['image']}: cannot be read any more ({reason(problem)})"
+
+
+def first_of(faults: list[str]) -> str:
+    """One line for several faults: the first, and how many more there are."""
+    more = f" ({len(faults) - 1} more; python -m scripts.datalist check lists them all)" if len(faults) > 1 else ""
+    return f"{faults[0]}{more}"
