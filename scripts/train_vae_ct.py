@@ -19,16 +19,23 @@ import torch
 from torch.distributed import run as torchrun
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.rendezvous.api import RendezvousError, RendezvousTimeoutError
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from scripts.common import errors  # noqa: E402
 from scripts.common.errors import UserError  # noqa: E402
+from scripts.common.ranks import RENDEZVOUS, cannot_meet, usable_gpus  # noqa: E402
 from scripts.training.signals import SIGNALS, STATUS  # noqa: E402
 
 PATIENCE = 40  # seconds from a signal to the kill of a rank that does not end
 BASE, MULTI_GPU = "configs/train.json", "configs/multi_gpu_train.json"
+
+
+def at_home(path: str) -> str:
+    """A path with ~ replaced, which a shell leaves alone within quotes and after an equals sign."""
+    return os.path.expanduser(path)  # noqa: PTH111 (Path's refuses the home of a user that is not known)
 
 
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -40,7 +47,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         ("-c", "--config-file", "the networks: autoencoder_def, ..."),
         ("-t", "--training-config", "the knobs: data_option and autoencoder_train"),
     ):
-        parser.add_argument(short, name, required=True, metavar="FILE", help=what)
+        parser.add_argument(short, name, required=True, type=at_home, metavar="FILE", help=what)
     parser.add_argument("-g", "--gpus", type=int, default=1, metavar="N", help="processes on this node, one for a GPU")
     options, overrides = parser.parse_known_args(argv)
     for file in (options.environment_file, options.config_file, options.training_config):
@@ -53,9 +60,9 @@ def check_gpus(gpus: int) -> None:
     """Whether there is a GPU for each process, or a core where there is no GPU.
 
     Raises:
-        UserError: naming how many there are.
+        UserError: naming how many there are; as `usable_gpus`.
     """
-    shown, cores = torch.cuda.device_count(), os.cpu_count() or 1
+    shown, cores = usable_gpus(), os.cpu_count() or 1
     if gpus < 1:
         raise UserError(f"--gpus {gpus}: use 1 or more")
     if 0 < shown < gpus:
@@ -90,6 +97,7 @@ def launch(gpus: int, command: Sequence[str]) -> None:
         endpoint = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         run_id = os.environ.get("SLURM_JOB_ID", "maisi_ct_autoencoder")
         options += ["--rdzv-backend=c10d", f"--rdzv-endpoint={endpoint}", f"--rdzv-id={run_id}"]
+        options += [f"--rdzv-conf=read_timeout={RENDEZVOUS.seconds}"]
     options += ["--signals-to-handle=" + ",".join(s.name for s in SIGNALS), f"--shutdown-timeout={PATIENCE}"]
     threads = max((os.cpu_count() or 1) // gpus, 1) if torch.cuda.device_count() == 0 else 1
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
@@ -99,6 +107,10 @@ def launch(gpus: int, command: Sequence[str]) -> None:
     except SignalException as stop:
         print(f"stopped by {stop.sigval.name}; the same command goes on from the last checkpoint", file=sys.stderr)
         sys.exit(STATUS)
+    except RendezvousError as error:
+        late = isinstance(error, RendezvousTimeoutError)
+        why = f"not all of {nodes} nodes came" if late else errors.reason(error.__cause__ or error)
+        raise cannot_meet(why) from error
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         if failure.exitcode == STATUS:

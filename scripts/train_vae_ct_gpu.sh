@@ -35,23 +35,27 @@ elif [[ -n "$VENV" || -f .venv/bin/activate ]]; then
     source "$VENV/bin/activate"
 fi
 
+read -r CPU_PROCESSES <<<"$CPU_PROCESSES" # without the blanks around it
 if [[ -n "$CPU_PROCESSES" ]]; then
-    [[ "$CPU_PROCESSES" =~ ^[1-9][0-9]*$ ]] || fail "CPU_PROCESSES is $CPU_PROCESSES; use a number of processes, 2 say"
+    [[ "$CPU_PROCESSES" =~ ^[1-9][0-9]{0,3}$ ]] || fail "CPU_PROCESSES is $CPU_PROCESSES; use a number of processes, 2 say"
     export CUDA_VISIBLE_DEVICES=""
     processes="$CPU_PROCESSES"
 else
-    count="$(python -c 'import torch; print(torch.cuda.device_count())')"
+    count="$(python -W ignore -c 'from scripts.common import errors, ranks; errors.install(); print(ranks.usable_gpus())')"
     [[ "$count" -gt 0 ]] || fail "GPU_IDS is $GPU_IDS, but this machine shows no GPU; set CPU_PROCESSES=2 to try on the CPU"
-    if [[ "$GPU_IDS" == all ]]; then
+    if [[ "$GPU_IDS" =~ ^[[:space:]]*all[[:space:]]*$ ]]; then
         GPU_IDS="$(seq -s, 0 $((count - 1)))"
     fi
-    IFS=, read -ra ids <<<"$GPU_IDS"
-    IFS=, read -ra visible <<<"${CUDA_VISIBLE_DEVICES:-$(seq -s, 0 $((count - 1)))}"
+    IFS=, read -ra ids <<<"$GPU_IDS," # the comma keeps an empty last item
+    shown="${CUDA_VISIBLE_DEVICES:-$(seq -s, 0 $((count - 1)))}"
+    IFS=, read -ra visible <<<"${shown//[[:space:]]/}"
     chosen=()
     for id in "${ids[@]}"; do
-        [[ "$id" =~ ^[0-9]+$ && "$id" -lt "$count" ]] ||
+        read -r id <<<"$id"
+        [[ -n "$id" ]] || fail "GPU_IDS is $GPU_IDS: a number is missing beside a comma; use e.g. 0,2 or all"
+        [[ "$id" =~ ^(0|[1-9][0-9]{0,3})$ && "$id" -lt "$count" ]] ||
             fail "GPU_IDS is $GPU_IDS: there is no GPU $id; this machine shows 0 to $((count - 1))"
-        [[ ",${chosen[*]-}," != *",${visible[$id]},"* ]] || fail "GPU_IDS is $GPU_IDS: GPU $id is named twice"
+        [[ " ${chosen[*]-} " != *" ${visible[$id]} "* ]] || fail "GPU_IDS is $GPU_IDS: GPU $id is named twice"
         chosen+=("${visible[$id]}")
     done
     CUDA_VISIBLE_DEVICES="$(IFS=,; echo "${chosen[*]}")"

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +14,8 @@ import pytest
 
 # One thread each: OpenMP threads of several processes on few cores spin, and cost ten times what they compute.
 os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+if "gpu" not in sys.argv:  # as `pytest -m gpu` has it; several ranks share this machine, and would not share its GPU
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import torch
 from monai.bundle import ConfigParser

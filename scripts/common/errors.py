@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -9,12 +10,8 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-
-import torch
 
 
 class UserError(ValueError):
@@ -27,54 +24,13 @@ def reason(error: BaseException, limit: int = 160) -> str:
     return " ".join(text.split())[:limit] or type(error).__name__
 
 
-def available_memory() -> int:
-    """Bytes of main memory that processes can still get (Linux); 0 where that is not known."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return 0
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), 0)
-
-
-@contextmanager
-def memory_advice(device: torch.device, what: Callable[[], str], remedy: str) -> Iterator[None]:
-    """Turn an error that says that memory ran out into advice with this run's numbers; others pass.
-
-    Args:
-        device: where is computed.
-        what: what is being computed, asked only when it failed.
-        remedy: which knobs to turn.
-
-    Raises:
-        UserError: where memory ran out.
-    """
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
-        if not (where := _exhausted(error, device)):
-            raise
-        raise UserError(f"out of memory with {what()} ({where}); {remedy}") from error
-
-
-def _exhausted(error: BaseException, device: torch.device) -> str:
-    """Which memory ran out; empty where that is not what happened."""
-    if isinstance(error, torch.OutOfMemoryError):
-        if device.type != "cuda":
-            return str(device)
-        free, total = (n / 2**30 for n in torch.cuda.mem_get_info(device))
-        used = torch.cuda.max_memory_allocated(device) / 2**30
-        return f"{device} has {total:.1f} GiB, of which {free:.1f} are free; this run took up to {used:.1f}"
-    if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):
-        return f"this machine has {available_memory() / 2**30:.1f} GiB left"
-    return ""
-
-
 def _chain(error: BaseException) -> list[BaseException]:
     """The error and what caused it, outermost first (MONAI wraps whatever a config raises)."""
     chain: list[BaseException] = []
     current: BaseException | None = error
     while current is not None and current not in chain:
-        chain.append(current)
+        if type(current).__name__ not in ("_RemoteTraceback", "RemoteTraceback"):  # a worker's stack, told as its cause
+            chain.append(current)
         current = current.__cause__ or (None if current.__suppress_context__ else current.__context__)
     return chain
 
@@ -120,6 +76,11 @@ def _thread_excepthook(args: threading.ExceptHookArgs) -> None:
 
 
 def install() -> None:
-    """Make uncaught errors end in one line on standard error; tracebacks are kept for what is not the user's."""
+    """Make uncaught errors end in one line on standard error; tracebacks are kept for what is not the user's.
+
+    What is printed may hold file names that are no text: their bytes appear as escapes.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     sys.excepthook = _excepthook
     threading.excepthook = _thread_excepthook

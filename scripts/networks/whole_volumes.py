@@ -10,7 +10,7 @@ from ignite.engine import Events
 from monai.engines import Evaluator
 from torch import nn
 
-from scripts.common.errors import memory_advice
+from scripts.common.memory import memory_advice
 from scripts.common.precision import amp_dtype, autocast
 from scripts.common.progress import progress_bar
 from scripts.networks.windows import VolumeInferer

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from scripts.common.ranks import TIMEOUT
+
 STATUS = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, run the same command again
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 IMPATIENCE = 2.0  # seconds after which a second Ctrl-C ends the run at once; torchrun repeats the first by itself
@@ -35,7 +37,7 @@ def shield(worker_id: int) -> None:
 
 
 class StopSignal:
-    """Notes SIGTERM, SIGINT and SIGUSR1 while it is entered, instead of dying of them."""
+    """Notes SIGTERM, SIGINT and SIGUSR1 while it is entered, instead of dying of them; ranks leave it together."""
 
     def __init__(self) -> None:
         self.received, self.flag = 0, torch.tensor(0)
@@ -44,15 +46,20 @@ class StopSignal:
     def __enter__(self) -> StopSignal:
         self.earlier = {number: signal.signal(number, self._note) for number in SIGNALS}
         # Its own group, on the CPU: asking costs no time on the GPU, and disturbs no gradient on its way.
-        self.group = dist.new_group(backend="gloo") if dist.is_initialized() else None
+        self.group = dist.new_group(backend="gloo", timeout=TIMEOUT) if dist.is_initialized() else None
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None and self.work is not None:
-            self.work.wait()
-        self.work = None
-        for number, handler in self.earlier.items():
-            signal.signal(number, handler)
+        try:
+            if kind is None and self.group is not None:
+                if self.work is not None:
+                    self.work.wait()
+                # All leave together: Slurm may kill the rank that still saves when another has ended with `STATUS`.
+                dist.barrier(group=self.group)
+        finally:
+            self.work = None
+            for number, handler in self.earlier.items():
+                signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if not self.received:

@@ -16,7 +16,8 @@ from monai.transforms import CenterSpatialCrop
 from torch import nn
 
 from scripts.common import ranks
-from scripts.common.errors import UserError, available_memory
+from scripts.common.errors import UserError
+from scripts.common.memory import available_memory
 from scripts.common.precision import autocast
 from scripts.measure.latents import LatentHealth
 from scripts.measure.metrics import reconstruction_metrics
@@ -150,24 +151,26 @@ class VaeValidation(WholeVolumes):
         self.terminate_epoch()
 
     def cost_rows(self, samples_voxels: float) -> dict[str, str]:
-        """What a validation takes, for the table of what will run; a warning where this machine has less memory.
+        """What a validation takes, for the table of what will run; a warning where this node has less memory.
 
         Args:
             samples_voxels: of one training step, over all ranks.
         """
         volumes: Any = self.data_loader.dataset  # type: ignore[union-attr]
         voxels = [volumes.voxels(i) for i in range(len(volumes))]
-        memory = max(voxels) * _BYTES
-        if 0 < available_memory() < memory:
+        largest = sorted(voxels)[-ranks.on_this_node() :]  # each rank holds one
+        memory, left = sum(largest) * _BYTES, available_memory()
+        which = "largest volume" if len(largest) == 1 else f"{len(largest)} largest volumes at once"
+        if left is not None and left < memory:
             print(
-                f"warning: validating the largest volume takes about {memory / 1e9:.1f} GB of memory, and "
-                f"{available_memory() / 1e9:.1f} GB is left; set autoencoder_train#val_patch_size",
+                f"warning: validating the {which} takes about {memory / 1e9:.1f} GB of memory, and "
+                f"{left / 1e9:.1f} GB is left; set autoencoder_train#val_patch_size",
                 file=sys.stderr,
             )
         computed = sum(voxels) / (1 - self.inferer.overlap) ** 3  # windows that overlap compute a voxel repeatedly
         steps = max(computed * _FORWARD_SHARE / samples_voxels, 1)
         return {
-            "memory": f"about {memory / 1e9:.1f} GB on the host for the largest volume to validate",
+            "memory": f"about {memory / 1e9:.1f} GB on the host to validate the {which}",
             "a validation": f"costs about {steps:.0f} training steps",
         }
 

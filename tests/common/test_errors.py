@@ -4,12 +4,9 @@ import subprocess
 import sys
 
 import pytest
-import torch
 from torch.utils.data import DataLoader, Dataset
 
-from scripts.common.errors import UserError, available_memory, last_line, memory_advice, reason
-
-CPU = torch.device("cpu")
+from scripts.common.errors import UserError, last_line, reason
 
 
 def chained(*errors: Exception) -> Exception:
@@ -37,30 +34,6 @@ def test_an_error_that_says_nothing_is_named() -> None:
     assert last_line(AssertionError()) == "error: AssertionError"
     assert reason(AssertionError()) == "AssertionError" and reason(OSError(28, "No space left")) == "No space left"
     assert reason(ValueError("one\n two")) == "one two" and len(reason(ValueError("x" * 999))) == 160
-
-
-@pytest.mark.parametrize(
-    ("error", "told"),
-    [
-        (torch.OutOfMemoryError("CUDA out of memory"), r"^out of memory with 3 apples \(cpu\); eat less$"),
-        (
-            RuntimeError("DefaultCPUAllocator: not enough"),
-            r"^out of memory with 3 apples \(this machine has .* GiB left",
-        ),
-        (MemoryError(), r"^out of memory with 3 apples \(this machine has .* GiB left\); eat less$"),
-    ],
-)
-def test_running_out_of_memory_becomes_advice(error: Exception, told: str) -> None:
-    with pytest.raises(UserError, match=told) as caught, memory_advice(CPU, lambda: "3 apples", "eat less"):
-        raise error
-    assert caught.value.__cause__ is error
-
-
-def test_other_errors_pass_the_advice_unchanged() -> None:
-    error = RuntimeError("shapes differ")
-    with pytest.raises(RuntimeError) as caught, memory_advice(CPU, lambda: "3 apples", "eat less"):
-        raise error
-    assert caught.value is error and error.__cause__ is None and available_memory() > 0
 
 
 class _Broken(Dataset):

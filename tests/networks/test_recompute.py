@@ -109,7 +109,8 @@ def test_compiled_step_equals_the_eager_one() -> None:
             assert (ours.grad - theirs.grad).abs().max() < 1e-3 * theirs.grad.abs().max().clamp(min=1e-6), name
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU, or hidden: pytest -m gpu")
 def test_gradients_on_a_gpu_stay_near_float32_on_the_cpu() -> None:
     fast = FastAutoencoderKlMaisi(stock_network())
     x = torch.rand(1, 1, 16, 16, 16)

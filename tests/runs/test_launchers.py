@@ -11,11 +11,13 @@ import socket
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.distributed.elastic.rendezvous.api import RendezvousTimeoutError
 
 from scripts import train_vae_ct
 from scripts.common.errors import UserError
@@ -111,6 +113,61 @@ def test_what_cannot_be_launched_is_named(datalist: Path, tmp_path: Path, monkey
     assert last.startswith("error: configs/multi_gpu_train.json needs torchrun")
 
 
+def test_a_launcher_takes_files_of_the_home_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    names = ("env.json", "my net #2.json", "knobs.json")
+    for name in names:
+        (tmp_path / name).write_text("{}")
+    options, _ = train_vae_ct.parse(["-e", "~/env.json", f"--config-file=~/{names[1]}", "-t", str(tmp_path / names[2])])
+    found = [options.environment_file, options.config_file, options.training_config]
+    assert found == [str(tmp_path / name) for name in names]
+    with pytest.raises(UserError, match=r"^~nobody-of-that-name/env\.json: no such configuration file"):
+        train_vae_ct.parse(["-e", "~nobody-of-that-name/env.json", *GUIDE[2:]])
+
+
+def test_files_may_lie_in_a_folder_with_blanks_and_hashes(datalist: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run #1, it's mine"
+    folder.mkdir()
+    files = [shutil.copy(file, folder / f"{flag} #file.json") for flag, file in zip("ect", GUIDE[1::2], strict=True)]
+    given = [word for flag, file in zip("ect", files, strict=True) for word in (f"-{flag}", f"~/{file.name}")]
+    done = call(
+        [*LAUNCHER[:2], *given, *words(SHORT | folders(folder, datalist) | {"autoencoder_train#lr": -1})],
+        HOME=str(folder),
+    )
+    assert printed_last(done) == "error: autoencoder_train#lr is -1; use a number above 0"
+
+
+def test_gpus_that_cannot_be_used_are_told_before_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match=r"^there are 2 GPUs, but PyTorch .* cannot use them"):
+        train_vae_ct.check_gpus(1)
+
+
+@pytest.fixture
+def two_nodes(monkeypatch: pytest.MonkeyPatch) -> str:
+    """That this is one of two nodes, which are to meet at an address that is none."""
+    address = {"NNODES": "2", "MASTER_ADDR": "no.such.host.invalid", "MASTER_PORT": "29532"}
+    for name, value in {**address, "PYTHONWARNINGS": "ignore"}.items():
+        monkeypatch.setenv(name, value)
+    return "^MASTER_ADDR is no.such.host.invalid, MASTER_PORT 29532: the processes did not meet there, .* "
+
+
+def test_nodes_that_do_not_meet_give_up_and_name_the_place(two_nodes: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train_vae_ct, "RENDEZVOUS", timedelta(seconds=1))
+    with pytest.raises(UserError, match=two_nodes + r"\(The client socket has timed out .*[^.]\); on every node, set "):
+        train_vae_ct.launch(1, ["-m", "this"])
+
+
+def test_a_node_that_is_alone_says_so(two_nodes: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def wait(options: Any) -> None:
+        raise RendezvousTimeoutError
+
+    monkeypatch.setattr(train_vae_ct.torchrun, "run", wait)
+    with pytest.raises(UserError, match=two_nodes + r"\(not all of 2 nodes came\); on every node"):
+        train_vae_ct.launch(1, ["-m", "this"])
+
+
 def test_an_error_of_a_rank_is_the_launchers_last_line(datalist: Path, tmp_path: Path) -> None:
     wrong = words(TINY | folders(tmp_path, datalist) | {"autoencoder_train#lr": -1})
     done = call([*LAUNCHER, "-g", "2", *wrong], CUDA_VISIBLE_DEVICES="")
@@ -130,6 +187,65 @@ def test_the_script_for_chosen_gpus(datalist: Path, tmp_path: Path) -> None:
     done = call([script, *words(SHORT | folders(tmp_path, datalist))], CPU_PROCESSES="1", VENV=venv)
     assert done.returncode == 0, done.stderr[-2000:]
     assert (tmp_path / "models" / "autoencoder.pt").exists()
+
+
+def launched(folder: Path, counting: str = "echo 4", **environment: str) -> str:
+    """What the script for chosen GPUs starts on a machine with four GPUs: which it shows, and how many processes.
+
+    Where it starts nothing: its last line. `counting` is what it is answered when it counts the GPUs.
+    """
+    programs = folder / "venv" / "bin"
+    programs.mkdir(parents=True, exist_ok=True)
+    (programs / "activate").write_text(f'PATH="{programs}:$PATH"\n')
+    (programs / "python").write_text(
+        f'#!/bin/sh\n[ "$1" != -W ] || {{ {counting}; exit; }}\necho "$CUDA_VISIBLE_DEVICES | $*"\n'
+    )
+    (programs / "python").chmod(0o755)
+    environment = {"CUDA_VISIBLE_DEVICES": "", "VENV": str(programs.parent)} | environment
+    done = call(["scripts/train_vae_ct_gpu.sh"], **environment)
+    return re.sub(r"\|.* -g", "x", done.stdout.strip()) if done.returncode == 0 else printed_last(done)
+
+
+@pytest.mark.parametrize(
+    ("ids", "started"),
+    [
+        ("0", "0 x 1"),
+        ("0, 1", "0,1 x 2"),
+        (" 3 ,0 ", "3,0 x 2"),
+        (" all ", "0,1,2,3 x 4"),
+        ("08", "error: GPU_IDS is 08: there is no GPU 08; this machine shows 0 to 3"),
+        ("0 1", "error: GPU_IDS is 0 1: there is no GPU 0 1; this machine shows 0 to 3"),
+        ("-1", "error: GPU_IDS is -1: there is no GPU -1; this machine shows 0 to 3"),
+        ("99999999999999999999", "there is no GPU 99999999999999999999; this machine shows 0 to 3"),
+        ("0,,1", "error: GPU_IDS is 0,,1: a number is missing beside a comma; use e.g. 0,2 or all"),
+        ("0,1,", "error: GPU_IDS is 0,1,: a number is missing beside a comma; use e.g. 0,2 or all"),
+        (" , ", "error: GPU_IDS is  , : a number is missing beside a comma; use e.g. 0,2 or all"),
+        ("0,1,0", "error: GPU_IDS is 0,1,0: GPU 0 is named twice"),
+    ],
+)
+def test_gpus_are_chosen_by_number(ids: str, started: str, tmp_path: Path) -> None:
+    assert launched(tmp_path, GPU_IDS=ids).endswith(started)
+
+
+def test_gpus_are_chosen_among_those_shown(tmp_path: Path) -> None:
+    assert launched(tmp_path, GPU_IDS="1,3", CUDA_VISIBLE_DEVICES="4, 5, 6, 7") == "5,7 x 2"
+    assert launched(tmp_path, CPU_PROCESSES=" 2 ") == "x 2"
+    for wrong in ("08", "0", "2 2", "1.5", "99999"):
+        last = launched(tmp_path, CPU_PROCESSES=wrong)
+        assert last == f"error: CPU_PROCESSES is {wrong}; use a number of processes, 2 say"
+
+
+def test_gpus_that_cannot_be_used_end_the_script_for_chosen_gpus(tmp_path: Path) -> None:
+    last = launched(tmp_path, counting="echo 'error: there are 4 GPUs, but' >&2; exit 1")
+    assert last == "error: there are 4 GPUs, but"
+    with_old_driver = {"device_count": 2, "is_available": False}
+    code = "\n".join(
+        ["import sys, torch", *(f"torch.cuda.{name} = lambda: {value}" for name, value in with_old_driver.items())]
+    )
+    asked = re.findall(r"python -W ignore -c '(.*)'", Path("scripts/train_vae_ct_gpu.sh").read_text())
+    done = call([sys.executable, "-c", f"{code}\n{asked[0]}"])
+    assert done.returncode == 1 and printed_last(done).startswith("error: there are 2 GPUs, but PyTorch ")
+    assert len(done.stderr.strip().splitlines()) == 1
 
 
 @pytest.mark.parametrize("script", ["scripts/train_vae_ct_gpu.sh", "scripts/train_vae_ct.sh", "tests/slurm/run.sh"])

@@ -182,10 +182,25 @@ def test_the_cost_of_a_validation_is_told(monkeypatch: pytest.MonkeyPatch, capsy
     rows = evaluator.cost_rows(20 * 24 * 10)
     windows = 500 / 10 / 0.75**3  # voxels are computed that many times those of a step
     assert rows == {
-        "memory": "about 0.0 GB on the host for the largest volume to validate",
+        "memory": "about 0.0 GB on the host to validate the largest volume",
         "a validation": f"costs about {0.3 * windows:.0f} training steps",
     }
     assert capsys.readouterr().err == ""
     monkeypatch.setattr(validation, "available_memory", lambda: 10)
     evaluator.cost_rows(1000.0)
     assert "of memory, and 0.0 GB is left; set autoencoder_train#val_patch_size" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("ranks_here", "volumes"), [("1", 1), ("2", 2), ("8", 3)])
+def test_the_memory_of_a_validation_is_that_of_all_ranks_on_the_node(
+    ranks_here: str, volumes: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    evaluator = make_evaluator([item(16), item(16), item(16)], small_network())
+    monkeypatch.setattr(evaluator.data_loader.dataset, "voxels", lambda index: (index + 1) * 10**9)  # type: ignore[union-attr]
+    monkeypatch.setattr(validation, "available_memory", lambda: 100 * 10**9)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks_here)
+    needed = 32 * sum((3, 2, 1)[:volumes])  # GB, of the largest ones; 32 bytes a voxel
+    assert evaluator.cost_rows(1e9)["memory"].startswith(f"about {needed}.0 GB on the host to validate the ")
+    warned = capsys.readouterr().err
+    assert (f"takes about {needed}.0 GB of memory, and 100.0 GB is left" in warned) == (needed > 100)
+    assert ("largest volumes at once" in warned) == (needed > 100)
