@@ -101,7 +101,7 @@ def save_comparison(
         reconstruction: in the same shape.
         spacing: mm along the axes.
         path: of the PNG.
-        title: above the picture.
+        title: above the picture, in one line; what cannot be printed in it is escaped.
         intensity_range: what 1.0 is in HU.
     """
     gray = {"cmap": "gray", "vmin": 0.0, "vmax": 0.7}
@@ -120,6 +120,7 @@ def save_comparison(
         axes[0, column].set_title(f"{name} (HU)" if name == "error" else name)
     figure.colorbar(picture, ax=axes[:, 2], shrink=0.6)
     window = "-1000..400 HU" if intensity_range == 2000 else "0..70 % of the range"
-    figure.suptitle(f"{title}, window {window}", parse_math=False)
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in title)  # as \udcff, \n
+    figure.suptitle(f"{shown}, window {window}", parse_math=False)
     with whole(path) as part:
         figure.savefig(part, dpi=100, format="png")

@@ -15,6 +15,7 @@ from torch import nn
 from scripts.common.errors import UserError, reason
 from scripts.common.files import whole
 from scripts.common.ranks import gather
+from scripts.networks.state_dicts import find
 
 logger = logging.getLogger(__name__)
 
@@ -51,13 +52,17 @@ def read_tensors(file: str | Path | BytesIO, refusal: str, remedy: str = "") -> 
         raise UserError(f"{refusal} ({reason(error)}){remedy}") from error
 
 
-def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
-    """The state dict in a weights file, plain or under `unet_state_dict` (as MAISI's releases come).
+def read_weights(network: nn.Module, path: str | Path) -> dict[str, torch.Tensor]:
+    """A network's state dict out of a weights file: plain, nested or prefixed, as trainers save it.
+
+    Returns:
+        what `network.load_state_dict` takes, in the network's data types, on the CPU.
 
     Raises:
-        UserError: where the file is missing, damaged, or holds anything but tensors.
+        UserError: where the file is missing, damaged or holds anything but tensors; where it holds no such weights,
+            naming the first parameter that is missing, unknown or of another shape; where they are not finite.
     """
-    return _state(_content(path), path)
+    return _state(network, _content(path), path)
 
 
 def _content(path: str | Path) -> bytes:
@@ -68,13 +73,12 @@ def _content(path: str | Path) -> bytes:
     return Path(path).read_bytes()
 
 
-def _state(content: bytes, path: str | Path) -> dict[str, torch.Tensor]:
-    state = read_tensors(BytesIO(content), f"{path}: is damaged or holds more than tensors, so it is not loaded")
-    if isinstance(state, dict) and "unet_state_dict" in state:
-        state = state["unet_state_dict"]
-    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
-        raise UserError(f"{path}: holds no plain state dict of tensors; save network.state_dict()")
-    return {name.removeprefix("module."): tensor for name, tensor in state.items()}  # DistributedDataParallel's prefix
+def _state(network: nn.Module, content: bytes, path: str | Path) -> dict[str, torch.Tensor]:
+    everything = read_tensors(BytesIO(content), f"{path}: is damaged or holds more than tensors, so it is not loaded")
+    place = find(everything, network.state_dict(), path)
+    if not place.plain:
+        logger.info("%s: the weights are %s", path, place)
+    return dict(place.tensors)
 
 
 def load_weights(network: nn.Module, path: str | Path) -> str:
@@ -84,29 +88,12 @@ def load_weights(network: nn.Module, path: str | Path) -> str:
         the file's SHA-256, hexadecimal.
 
     Raises:
-        UserError: naming the first parameter that is missing, unknown or of another shape.
+        UserError: as of `read_weights`.
     """
     content = _content(path)
-    state = _state(content, path)
-    check_weights(network, state, path)
-    network.load_state_dict(state)
+    network.load_state_dict(_state(network, content, path))
     logger.info("weights loaded from %s", path)
     return hashlib.sha256(content).hexdigest()
-
-
-def check_weights(network: nn.Module, state: dict[str, torch.Tensor], path: str | Path) -> None:
-    """Raise a UserError that names the first parameter of `state` that is missing, unknown or of another shape."""
-    own = network.state_dict()
-    for name, tensor in own.items():
-        if name in state and state[name].shape != tensor.shape:
-            raise UserError(
-                f"{path}: {name} is {tuple(state[name].shape)}, but the network's is {tuple(tensor.shape)}; "
-                "use weights of this architecture, or the network definition of these weights (autoencoder_def)"
-            )
-    missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-    if missing or unknown:
-        what = f"lacks {missing[0]}" if missing else f"has {unknown[0]}, which the network lacks"
-        raise UserError(f"{path}: {what} (weights of another architecture); correct the path or autoencoder_def")
 
 
 class Weights:

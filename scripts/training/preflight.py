@@ -16,7 +16,7 @@ from scripts.common.errors import UserError
 from scripts.data.datalist import shared_volumes
 from scripts.data.examine import check_headers
 from scripts.data.store import Store
-from scripts.networks.weights import check_weights, read_weights
+from scripts.networks.weights import read_weights
 from scripts.training.engine import TrainingEngine
 
 
@@ -37,7 +37,7 @@ def check_start(network: nn.Module, finetune: bool, key: str, path: str | None) 
             f"finetune is true, but {key} is {path}; give the weights to start from, or set finetune to false"
         )
     if finetune:
-        check_weights(network, read_weights(str(path)), str(path))
+        read_weights(network, str(path))
 
 
 def convert_data(

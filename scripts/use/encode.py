@@ -72,12 +72,12 @@ class Encoding(VolumeWorkflow):
         if self.save_sigma:
             save_nifti(_image(sigma, volume["affine"]), self.output.folder / f"{volume['name']}_emb_sigma.nii.gz")
         write_json(self.output.sidecar(volume["name"]), facts)
-        save_nifti(_image(mu, volume["affine"]), path)  # last: it says that all is there
+        save_nifti(_image(mu, volume["affine"]), path)
+        self.output.finished(volume["name"])
 
     def conclude(self, findings: list[None]) -> None:
         """Write the statistics and the datalist of all latents that are there, also those of earlier runs."""
-        sidecars = sorted(self.output.folder.rglob(f"*{self.output.ending}.nii.gz.json"))
-        facts = [fact for fact in map(_read, sidecars) if self.output.done(fact["name"])]
+        facts = [_read(self.output.sidecar(name)) for name in self.output.names()]
         if not facts:
             return
         statistics = LatentHealth.merged([LatentHealth.from_sums(f["latent_sums"]) for f in facts]).statistics()

@@ -82,7 +82,6 @@ class Evaluation(VolumeWorkflow):
         """Measure the reconstruction of one volume, and draw it."""
         voxels, intensity = volume["voxels"], volume["intensity"]
         whole, mu, sigma = joined(self.slabs(volume, self.network.reconstruct))  # type: ignore[arg-type]
-        self.found.latents.update(mu, sigma)
         reconstruction = whole[0, 0].clamp_(0, 1) if intensity.clip else whole[0, 0]
         original = intensity.normalise(voxels[0, 0])
         metrics: dict[str, Any] = dict(
@@ -97,6 +96,7 @@ class Evaluation(VolumeWorkflow):
         case = {"name": volume["name"], "path": volume["image"], "size": list(original.shape)}
         case |= {"spacing": volume["spacing"], "metrics": metrics}
         self.found.cases.append(case | {"planes": comparison_planes(*shown, intensity.range, self._height())})
+        self.found.latents.update(mu, sigma)  # last, as the case: of volumes that fail nothing counts
 
     def _height(self) -> int:
         """How high the report's pictures are, in pixels: less where there are many, so that it stays some 20 MB."""

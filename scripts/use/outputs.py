@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import ignite.distributed as idist
 
-from scripts.common.errors import UserError
-from scripts.common.files import write_json
+from scripts.common.errors import UserError, reason
+from scripts.common.files import write_json, write_text
 from scripts.networks.weights import Weights
 
 RECORD = "made_with{}.json"
@@ -18,10 +20,11 @@ ENDINGS = ("_recon", "_emb", "_emb_sigma")
 
 
 class Output:
-    """A folder of results, and the record of the weights and settings that they were made with.
+    """A folder of results, the record of the weights and settings that they were made with, and the list of them.
 
-    What is older than the record counts as not done: so results of two networks do not mix, and an overwriting that
-    was interrupted goes on.
+    The record is `made_with<ending>.json`. The list, `made_with<ending>.jsonl`, has a line for each result that is
+    whole, with its size in bytes: what is not in it was not made with these weights and settings, or not to its end.
+    So results of two networks do not mix, an overwriting that was interrupted goes on, and both hold in a copy.
 
     Args:
         folder: where the results go.
@@ -49,14 +52,26 @@ class Output:
         self.folder, self.ending = Path(folder), ending
         self.facts = {**weights.facts(), "bundle_version": bundle_version}
         self.record = self.folder / RECORD.format(ending)
+        self.list = self.record.with_suffix(".jsonl")
         self.ours = self.record.is_file()
         self.overwrite, self.sidecars = overwrite, sidecars
         if self.ours and not overwrite:
             self._compare(settings)
         idist.barrier()  # every rank has looked before rank 0 writes, and none goes on before it has written
-        if idist.get_rank() == 0 and (overwrite or not self.ours):
-            write_json(self.record, self.facts | {"settings": settings})
+        if idist.get_rank() == 0:
+            self._begin(settings)
         idist.barrier()
+        self._sizes = _sizes(self.list)
+
+    def _begin(self, settings: Mapping[str, Any]) -> None:
+        """Begin list and record, where they are not to be gone on with."""
+        if self.overwrite or not self.ours:
+            write_text(self.list, "")  # before the record: old results are none of the new weights
+            write_json(self.record, self.facts | {"settings": settings})
+        elif not self.list.exists():  # by version 0.4, which wrote none
+            tail = f"{self.ending}.nii.gz"
+            there = [path.relative_to(self.folder) for path in self.folder.rglob(f"*{tail}") if path.is_file()]
+            write_text(self.list, "".join(self._line(path.as_posix().removesuffix(tail)) for path in sorted(there)))
 
     def _compare(self, settings: Mapping[str, Any]) -> None:
         """Refuse a folder whose results come from other weights or settings than these."""
@@ -83,6 +98,35 @@ class Output:
         """The JSON file beside the result of the volume `name`."""
         return self.folder / f"{name}{self.ending}.nii.gz.json"
 
+    def names(self) -> list[str]:
+        """The volumes whose results are there, of all ranks and of earlier runs, in the order of their files."""
+        self._sizes = _sizes(self.list)
+        return sorted(filter(self.done, self._sizes), key=self.path)
+
+    def finished(self, name: str) -> None:
+        """List the result of the volume `name`, all files of which are in their places.
+
+        Raises:
+            UserError: where the list cannot be written.
+        """
+        line = self._line(name)
+        try:
+            with self.list.open("a+b", buffering=0) as file:  # one write to the end of the file, whoever else writes
+                end = file.seek(0, os.SEEK_END)
+                torn = end > 0 and os.pread(file.fileno(), 1, end - 1) != b"\n"  # whoever wrote that was killed
+                text = ("\n" if torn else "") + line
+                if file.write(text.encode("ascii")) < len(text):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            raise UserError(
+                f"{self.list}: cannot be written ({reason(error)}); free space or choose another folder"
+            ) from error
+        self._sizes[name] = json.loads(line)["bytes"]
+
+    def _line(self, name: str) -> str:
+        """What the list says of a result: JSON in ASCII, whatever is in the name."""
+        return json.dumps({"name": name, "bytes": self.path(name).stat().st_size}) + "\n"
+
     def done(self, name: str) -> bool:
         """Whether the result of the volume `name` is there, and was made with the present weights and settings.
 
@@ -90,13 +134,25 @@ class Output:
             UserError: where a file of that name is there, but no earlier run of this has made it.
         """
         path = self.path(name)
-        if not path.is_file():
+        try:
+            size = path.stat().st_size
+        except OSError:  # it is not there, or cannot be: writing it will say why
             return False
-        if path.stat().st_mtime_ns >= self.record.stat().st_mtime_ns:
-            return not self.sidecars or self.sidecar(name).is_file()
-        if not self.ours and not self.overwrite:
+        if name not in self._sizes and not self.ours and not self.overwrite:
             raise UserError(
                 f"{path}: is there, but is no result of an earlier run; move it, give another output_dir, or "
                 "--overwrite True to replace it"
             )
-        return False
+        return size == self._sizes.get(name) and (not self.sidecars or self.sidecar(name).is_file())
+
+
+def _sizes(path: Path) -> dict[str, int]:
+    """The size of each result in a list, in bytes, by the name of its volume; lines that were cut off are none."""
+    sizes: dict[str, int] = {}
+    for line in path.read_bytes().splitlines() if path.exists() else ():
+        try:
+            item = json.loads(line)
+            sizes[item["name"]] = item["bytes"]
+        except (ValueError, KeyError, TypeError):
+            continue
+    return sizes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import time
 from dataclasses import dataclass
@@ -76,8 +77,9 @@ class VolumeWorkflow(WholeVolumes):
         try:
             super().take(volume)
         except (NotFiniteError, UserError) as error:
-            if isinstance(error.__cause__, OSError):  # its result cannot be written: those of others cannot either
-                raise
+            cause = error.__cause__
+            if isinstance(cause, OSError) and cause.errno != errno.ENAMETOOLONG:
+                raise  # its result cannot be written: those of others cannot either, unless that is its name's fault
             self.pass_over(f"{volume['image']}: {error}")
         except RuntimeError as error:
             logger.exception("%s could not be %s", volume["image"], self.verb)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from matplotlib.image import imread
 from PIL import Image
 
@@ -29,6 +30,16 @@ def test_comparison_is_a_picture(tmp_path: Path) -> None:
     picture = imread(tmp_path / "a.png")
     assert min(picture.shape[:2]) > 500 and picture[..., :3].std() > 0.1
     assert [p.name for p in tmp_path.iterdir()] == ["a.png"]
+
+
+def test_titles_may_hold_any_character(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    titles: list[str] = []
+    draw = Figure.suptitle
+    monkeypatch.setattr(Figure, "suptitle", lambda self, t, **kwargs: titles.append(t) or draw(self, t, **kwargs))
+    volume = np.random.default_rng(0).random((6, 8, 10))
+    for title in ("$x$ $ 100% <b>", "li\nne", "no\udcff", "é"):
+        save_comparison(volume, volume, (1, 1, 1), tmp_path / "a.png", title)
+    assert [t.partition(", window")[0] for t in titles] == ["$x$ $ 100% <b>", r"li\nne", r"no\udcff", "é"]
 
 
 def test_planes_stand_side_by_side_at_one_scale() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,26 @@ def test_a_run_goes_on_and_two_ranks_share(options: dict[str, Any], datalist: Pa
         assert np.allclose(ours, nib.load(path).get_fdata(), atol=1e-5), path.name
     mine, theirs = (json.loads((f / "latent_stats.json").read_text()) for f in (folder, once))
     assert mine["scale_factor"] == pytest.approx(theirs["scale_factor"], rel=1e-6) and mine["volumes"] == 8
+
+
+def test_a_copy_is_whole_and_latents_of_odd_names_are_in_the_lists(
+    options: dict[str, Any], phantoms: list[Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    names = ["no\udcff", "$x$ 100% <b>", "li\nne"]
+    (tmp_path / "in").mkdir()
+    for name in names:
+        (tmp_path / "in" / f"{name}.nii.gz").write_bytes(phantoms[0].read_bytes())
+    run("encode", dataset_dir=str(tmp_path / "in"), **options)
+    for i, path in enumerate(sorted((tmp_path / "emb").iterdir())):  # as an object store gives them back
+        os.utime(path, (1e9 - i, 1e9 - i))
+    written = {path: path.stat().st_mtime_ns for path in (tmp_path / "emb").glob("*_emb.nii.gz")}
+    run("encode", dataset_dir=str(tmp_path / "in"), **options)
+    assert "0 volumes encoded, 3 were there already, 0 failed" in caplog.text
+    assert written == {path: path.stat().st_mtime_ns for path in written} and len(written) == 3
+    content = json.loads((tmp_path / "emb" / "datalist.json").read_text())
+    assert sorted(item["image"] for item in content["training"]) == sorted(f"{name}.nii.gz" for name in names)
+    assert json.loads((tmp_path / "emb" / "latent_stats.json").read_text())["volumes"] == 3
 
 
 def test_relative_datalists_keep_their_paths(options: dict[str, Any], phantoms: list[Path], tmp_path: Path) -> None:

@@ -10,11 +10,12 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import pytest
+from markupsafe import escape
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from scripts.measure.metrics import TISSUES
 from scripts.use.report import PUBLISHED
-from tests.helpers import SMALL, run
+from tests.helpers import SMALL, last_line_of, run, save_nifti
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +89,45 @@ def test_lpips_is_measured_where_its_weights_are(
     run("evaluate", **options, **{f"perceptual_{key}": str(path) for key, path in weight_files.items()})
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert summary["metrics"]["lpips"]["count"] == 2 and summary["metrics"]["lpips"]["mean"] > 0
+
+
+def test_names_may_hold_any_character(options: dict[str, Any], tmp_path: Path) -> None:
+    names = ["$x$ $y", "100% <b>\"q'", "li\nne", "no\udcff", "sub/$\udce9"]
+    affine, rng = np.diag([2.0, 2.0, 2.5, 1.0]), np.random.default_rng(0)
+    (tmp_path / "in" / "sub").mkdir(parents=True)
+    for name in names:
+        save_nifti(tmp_path / "in" / f"{name}.nii.gz", rng.integers(-1000, 1000, (12, 16, 14)).astype(np.int16), affine)
+    (tmp_path / "in" / "bad\udcff.nii.gz").write_bytes(b"no volume")
+    out = tmp_path / "out"
+    last = last_line_of("evaluate", **options | {"dataset_dir": str(tmp_path / "in")})
+    assert "1 of 6 volumes could not be evaluated: " in last
+    shown = sorted(name.encode(errors="backslashreplace").decode() for name in names)
+    with (out / "metrics.csv").open(newline="") as file:
+        assert [row["name"] for row in csv.DictReader(file)] == shown
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["volumes"] == 5 and "bad\udcff.nii.gz: is not a readable NIfTI" in summary["failed"][0]
+    pictures = {str(path.relative_to(out / "pictures")) for path in (out / "pictures").rglob("*.png")}
+    assert pictures == {f"{name}.png" for name in names}
+    page = (out / "report.html").read_text()
+    assert [name for name in shown if page.count(f"<h3>{escape(name)}<small>") != 1] == [] and "% <b>" not in page
+
+
+def test_nothing_of_a_volume_counts_that_fails_late(
+    options: dict[str, Any], tmp_path: Path, phantoms: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "in").mkdir()
+    for name in ("bad", "good"):
+        (tmp_path / "in" / f"{name}.nii.gz").write_bytes(phantoms[0].read_bytes())
+
+    def fail(*arguments: Any) -> None:
+        if arguments[3].name == "bad.png":
+            raise RuntimeError("out of luck")
+
+    monkeypatch.setattr("scripts.use.evaluate.save_comparison", fail)
+    last = last_line_of("evaluate", **options | {"dataset_dir": str(tmp_path / "in")})
+    assert last.endswith("1 of 2 volumes could not be evaluated: " + f"{tmp_path}/in/bad.nii.gz: out of luck")
+    statistics = json.loads((tmp_path / "out" / "latent_stats.json").read_text())
+    assert statistics["volumes"] == 1 and statistics["count"] == (10 * 9 * 11) * 4
 
 
 def test_a_broken_volume_is_reported_and_the_others_count(options: dict[str, Any], tmp_path: Path, phantoms) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 
 from scripts.common.errors import UserError
 from scripts.use.outputs import Output
+from tests.helpers import finish, start
 
 
 def output(folder: Path, sha256: str = "1", window: int = 64, **options: Any) -> Output:
@@ -20,9 +22,15 @@ def output(folder: Path, sha256: str = "1", window: int = 64, **options: Any) ->
     return Output(str(folder), "_recon", weights, {"window": window}, bundle_version="7", **options)
 
 
-def age(path: Path) -> None:
-    path.touch()
-    os.utime(path, (1e9, 1e9))
+def make(made: Output, name: str, content: bytes = b"voxels") -> None:
+    """A result as workflows write it: its files, then its line in the list."""
+    made.path(name).parent.mkdir(parents=True, exist_ok=True)
+    made.path(name).write_bytes(content)
+    made.finished(name)
+
+
+def listed(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "made_with_recon.jsonl").read_text().splitlines() if line]
 
 
 def test_results_are_named_after_volumes_and_the_record_says_how_they_were_made(tmp_path: Path) -> None:
@@ -33,30 +41,136 @@ def test_results_are_named_after_volumes_and_the_record_says_how_they_were_made(
     assert json.loads((tmp_path / "made_with_recon.json").read_text()) == wanted
 
 
-def test_a_result_is_done_once_it_is_there(tmp_path: Path) -> None:
+def test_a_result_is_done_once_it_is_listed(tmp_path: Path) -> None:
     made = output(tmp_path)
-    assert not made.done("v")
-    made.path("v").touch()
-    assert made.done("v") and output(tmp_path).done("v")
+    assert not made.done("v") and listed(tmp_path) == []
+    made.path("v").write_bytes(b"voxels")
+    assert not output(tmp_path).done("v")  # killed before it said so
+    made.finished("v")
+    assert listed(tmp_path) == [{"name": "v", "bytes": 6}]
+    assert made.done("v") and output(tmp_path).done("v") and output(tmp_path).names() == ["v"]
     whole = output(tmp_path, sidecars=True)
-    assert not whole.done("v")
+    assert not whole.done("v") and whole.names() == []
     whole.sidecar("v").touch()
-    assert whole.done("v")
+    assert whole.done("v") and whole.names() == ["v"]
+    made.path("v").write_bytes(b"other voxels")  # copied half, or by another program
+    assert not made.done("v")
+    make(made, "v", b"other voxels")  # its last line counts
+    assert output(tmp_path).done("v")
+    made.path("v").unlink()
+    assert not made.done("v") and made.names() == []
 
 
-def test_what_is_older_than_the_record_is_not_done(tmp_path: Path) -> None:
-    output(tmp_path).path("v").touch()
+def test_what_is_done_is_done_in_a_copy_with_other_times(tmp_path: Path) -> None:
+    made = output(tmp_path / "here")
+    for name in ("b", "sub/a"):
+        make(made, name)
+    shutil.copytree(tmp_path / "here", tmp_path / "there")
+    for i, path in enumerate(sorted((tmp_path / "there").rglob("*.gz"))):
+        os.utime(path, (1e9 + i, 1e9 + i))
+    copied = output(tmp_path / "there")
+    assert copied.done("b") and copied.done("sub/a") and not copied.done("a") and copied.names() == ["b", "sub/a"]
+
+
+def test_an_overwriting_begins_anew_and_goes_on_without_it(tmp_path: Path) -> None:
+    for name in "vwx":
+        make(output(tmp_path), name)
     anew = output(tmp_path, sha256="2", overwrite=True)
-    age(anew.path("v"))
-    assert not anew.done("v") and not output(tmp_path, sha256="2").done("v")
+    assert not any(map(anew.done, "vwx")) and listed(tmp_path) == []
+    make(anew, "w")
+    goes_on = output(tmp_path, sha256="2")
+    assert [name for name in "vwx" if goes_on.done(name)] == ["w"] == goes_on.names()
+
+
+def test_an_overwriting_that_ends_before_its_record_leaves_nothing_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(output(tmp_path), "v")
+    with monkeypatch.context() as patched:
+        patched.setattr("scripts.use.outputs.write_json", lambda *_: None)
+        output(tmp_path, sha256="2", overwrite=True)
+    assert not output(tmp_path).done("v")  # of the old weights, whose record is still there
+
+
+@pytest.mark.parametrize("torn", [b'{"name": "w", "by', b"\0\0\0", b'{"name": "w"}\n', b"[1, 2]", b'"w"', b"\xff\n7"])
+def test_a_damaged_line_is_passed_over_and_ended_by_the_next(torn: bytes, tmp_path: Path) -> None:
+    made = output(tmp_path)
+    make(made, "v")
+    with made.list.open("ab") as file:
+        file.write(torn)
+    goes_on = output(tmp_path)
+    assert goes_on.done("v") and not goes_on.done("w")
+    make(goes_on, "w", b"more")
+    make(goes_on, "x")
+    assert output(tmp_path).names() == ["v", "w", "x"]
+    lines = made.list.read_bytes().splitlines()
+    assert lines[-2:] == [b'{"name": "w", "bytes": 4}', b'{"name": "x", "bytes": 6}'] and b"" not in lines
+
+
+NAMES = ("a b", "$x$ 100% <b>", "li\nne\r", "quo\"te's", "肺/部", "no\udcff \udc80", "s\\u0041", "u\u2028")
+
+
+def test_names_may_hold_any_character(tmp_path: Path) -> None:
+    made = output(tmp_path)
+    for name in NAMES:
+        make(made, name, name.encode(errors="surrogateescape"))
+    assert [item["name"] for item in listed(tmp_path)] == list(NAMES)
+    assert made.list.read_bytes().isascii() and made.list.read_bytes().count(b"\n") == len(NAMES)
+    again = output(tmp_path)
+    assert all(map(again.done, NAMES)) and sorted(again.names()) == sorted(NAMES)
+    made.list.unlink()  # as version 0.4 left it
+    assert sorted(output(tmp_path).names()) == sorted(NAMES)
+
+
+def test_results_of_version_0_4_are_done(tmp_path: Path) -> None:
+    made = output(tmp_path)
+    for name in ("v", "sub/w"):
+        make(made, name)
+        os.utime(made.path(name), (1e9, 1e9))
+    made.list.unlink()
+    (tmp_path / "v_emb.nii.gz").write_bytes(b"of another ending")
+    old = output(tmp_path)
+    assert old.done("v") and old.done("sub/w") and not old.done("x")
+    assert listed(tmp_path) == [{"name": "sub/w", "bytes": 6}, {"name": "v", "bytes": 6}]
+
+
+def append(folder: Path, rank: int) -> None:
+    made = output(folder)
+    for i in range(200):
+        make(made, f"{rank}-{i}", b"x" * i)
+
+
+def test_ranks_append_to_one_list(tmp_path: Path) -> None:
+    output(tmp_path)
+    log = tmp_path / "log"
+    finish([start(append, tmp_path, rank, log=log) for rank in range(3)], log)
+    made = output(tmp_path)
+    assert {item["name"]: item["bytes"] for item in listed(tmp_path)} == {
+        f"{rank}-{i}": i for rank in range(3) for i in range(200)
+    }
+    assert len(made.list.read_bytes().splitlines()) == len(made.names()) == 600
+
+
+def test_a_list_that_cannot_be_written_says_so(tmp_path: Path) -> None:
+    made = output(tmp_path)
+    made.list.unlink()
+    made.list.mkdir()
+    with pytest.raises(UserError, match=r"made_with_recon\.jsonl: cannot be written \(Is a directory\); free space or"):
+        make(made, "v")
+
+
+def test_a_name_too_long_is_not_done(tmp_path: Path) -> None:
+    assert not output(tmp_path).done("v" * 300)
 
 
 def test_files_of_others_are_refused(tmp_path: Path) -> None:
     made = output(tmp_path)
-    age(made.path("v"))
+    made.path("v").touch()
     with pytest.raises(UserError, match=r"v_recon\.nii\.gz: is there, but is no result of an earlier run; move it"):
         made.done("v")
-    assert not output(tmp_path / "other", overwrite=True).done("v")
+    other = output(tmp_path / "other", overwrite=True)
+    other.path("v").touch()
+    assert not other.done("v")
 
 
 def test_results_of_other_weights_or_settings_are_refused(tmp_path: Path) -> None:

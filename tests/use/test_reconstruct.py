@@ -122,6 +122,19 @@ def test_files_of_others_are_not_replaced(tmp_path: Path) -> None:
     assert (tmp_path / "scan_recon.nii.gz").read_bytes() == before
 
 
+def test_a_result_whose_name_is_too_long_does_not_stop_the_others(tmp_path: Path) -> None:
+    names = ("a" * 240, "b" * 247, "c")  # of results, 253, 260 and 14 bytes
+    (tmp_path / "in").mkdir()
+    for name in names:
+        save_nifti(tmp_path / "in" / f"{name}.nii.gz", hounsfield((20, 18, 16)))
+    options = {"dataset_dir": str(tmp_path / "in"), "output_dir": str(tmp_path / "out"), **IDENTITY}
+    for _ in range(2):  # the second time, all but that one are there
+        last = last_line_of("inference", **options)
+        assert f"1 of 3 volumes could not be reconstructed: {tmp_path}/in/bbb" in last and "File name too long" in last
+        found = sorted(p.name for p in (tmp_path / "out").glob("*.gz"))
+        assert found == [f"{names[0]}_recon.nii.gz", "c_recon.nii.gz"]
+
+
 class Poisoned(torch.nn.Module):
     """NaN for volumes of one size, an error for those of another."""
 

@@ -106,6 +106,16 @@ def test_results_that_cannot_be_written_end_the_run(tmp_path: Path) -> None:
     assert named.failed == []
 
 
+def test_a_result_whose_name_is_too_long_fails_by_itself(tmp_path: Path) -> None:
+    named = workflow([item("a"), item("b" * 300), item("c")])
+    named.process = lambda volume: write_text(tmp_path / volume["name"], "")  # type: ignore[method-assign]
+    with pytest.raises(
+        UserError, match=r"^1 of 3 volumes could not be named: b+\.nii\.gz: .*/b+: cannot be written \(File"
+    ):
+        named.run()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "c"] and named.done == 2
+
+
 def test_the_findings_of_all_ranks_come_together(monkeypatch: pytest.MonkeyPatch) -> None:
     other = Share(done=3, failed=["x.nii.gz: gone"], findings=["w"])
     named = workflow([item("a")])
