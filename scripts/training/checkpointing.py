@@ -7,6 +7,7 @@ import json
 import logging
 import time
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from signal import Signals
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from ignite.engine import Events
 
 from scripts.common.errors import UserError, reason
+from scripts.common.files import disown, own
 from scripts.common.ranks import gather
 from scripts.networks.weights import load_weights
 from scripts.training.engine import TrainingEngine
@@ -193,7 +195,8 @@ class Checkpointing:
 
     def _compare(self, settings: Mapping[str, Any], path: Path) -> None:
         changed = [key for key, value in settings.items() if value != self.settings.get(key)]
-        changed += [key for key in self.settings if key not in settings]
+        # A layer that was not there is a change; a setting that was not is one that an earlier version did not write.
+        changed += [key for key in self.settings if key not in settings and ": " in key]
         if changed:
             was, now = settings.get(changed[0]), self.settings.get(changed[0])
             more = f" (and {', '.join(changed[1:4])}{', ...' if len(changed) > 4 else ''})" if len(changed) > 1 else ""
@@ -248,11 +251,19 @@ def attach_checkpointing(
         finetune: begin from `start_weights`.
         start_weights: a file for each network that does not begin from scratch.
         is_main: whether this process writes.
+
+    Raises:
+        UserError: where another training writes there; and as `Checkpointing.start` does.
     """
     given = {name: str(path) for name, path in (start_weights or {}).items()} if finetune else {}
     folder = ModelFolder(model_dir, weights, tuple(str(Path(path).resolve()) for path in given.values()))
     checkpointing = Checkpointing(trainer, folder, state, settings, is_main)
-    checkpointing.start(resume, given, overwrite)
+    with ExitStack() as closing:
+        if is_main:
+            own(model_dir)
+            closing.callback(disown, model_dir)
+        checkpointing.start(resume, given, overwrite)
+        trainer.closing = closing.pop_all()
     checkpointing.attach(checkpoint_minutes)
     if len(set(gather(trainer.state.iteration))) > 1:
         raise UserError(f"{model_dir}: the ranks found different checkpoints there; put model_dir on a shared disk")

@@ -6,6 +6,7 @@ import logging
 import math
 import sys
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +21,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
-from scripts.common.errors import UserError, memory_advice
+from scripts.common.errors import UserError
+from scripts.common.memory import memory_advice
 from scripts.common.precision import amp_dtype, autocast
 from scripts.common.ranks import mean
 from scripts.training.schedule import advance
@@ -106,6 +108,7 @@ class TrainingEngine(Trainer):
         self.dtype = amp_dtype(self.state.device, amp)
         self.scalers = {name: self._scaler(name) for name in optimizers}
         self.progress, self.stop = Progress(), StopSignal()
+        self.closing = ExitStack()  # what is to be done when `run` ends, however it ends
         self.add_event_handler(Events.EPOCH_STARTED, self._start_epoch)
         # After the given handlers, which log the rates a step was made with; before the checkpoint, attached later.
         self.add_event_handler(Events.ITERATION_COMPLETED, self._step_schedulers, "iteration")
@@ -164,6 +167,12 @@ class TrainingEngine(Trainer):
         Raises:
             SystemExit: with status 75, where a signal ended the training early (see `Checkpointing`).
         """
+        with self.closing:
+            self._run()
+        if self.should_terminate:
+            sys.exit(STATUS)
+
+    def _run(self) -> None:
         done = self.state.iteration >= self.state.epoch_length * self.state.max_epochs
         pending = self.progress.epoch_pending
         if done and not pending:
@@ -174,8 +183,6 @@ class TrainingEngine(Trainer):
                 self.fire_event(Events.EPOCH_COMPLETED)
             if not done and not self.should_terminate:
                 Workflow.run(self)  # not Trainer.run, which makes a scaler of its own
-        if self.should_terminate:
-            sys.exit(STATUS)
 
     def stateful(self) -> dict[str, Any]:
         """All that resuming needs and that has a state, by name. Schedules have none: see `restore_rates`."""

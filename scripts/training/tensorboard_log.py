@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import time
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -44,6 +45,9 @@ class TensorBoardLog:
         """
         try:
             if self._writer is None:
+                # TensorBoard reads files in the order of their names, which begin with the second they were made in.
+                while any(f".{int(time.time())}." in file.name for file in self._files()):
+                    time.sleep(0.05)
                 options: dict[str, Any] = {"purge_step": None if self.resumed else 1, "flush_secs": 30}
                 self._writer = SummaryWriter(self.log_dir, filename_suffix=f".{self.training}", **options)
             yield self._writer
