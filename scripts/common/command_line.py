@@ -52,10 +52,11 @@ def read(argv: Sequence[str] | None = None) -> None:
             parser[key] = None
         else:
             parser[key] = _literal(value) if kind == TEXT else value
-    written: Any = defaults.get() or parser.get()  # as the files have it: by now MONAI has put "::" for "#"
-    for key, value in list(written.items()):
+    files: Any = defaults.get() or {}
+    content: Any = parser.get()
+    for key, value in list(content.items()):
         if is_path(key) and key not in options:
-            parser[key] = _at_home(value)
+            parser[key] = _at_home(files.get(key, value))
     parser.parse(reset=True)
 
 
@@ -88,7 +89,10 @@ def _at_home(value: Any) -> Any:
         return [_at_home(item) for item in value]
     if not isinstance(value, str) or value.startswith(("$", "@", "%")):
         return value
-    return literal(os.path.expanduser(value))  # noqa: PTH111
+    path = os.path.expanduser(value)  # noqa: PTH111
+    if "::" in path and not Path(path).exists():  # which MONAI has put for "#" in what Python gave
+        path = path.replace("::", "#")
+    return literal(path)
 
 
 def check_command_line(argv: Sequence[str] | None = None) -> tuple[dict[str, str | None], ConfigParser]:

@@ -61,13 +61,13 @@ def write_json(path: str | Path, content: Any) -> None:
 
 
 def read_json(path: str | Path) -> Any:
-    """What a JSON file holds, also one that begins with a byte-order mark.
+    """What a JSON file holds, in UTF-8 or another encoding of Unicode, with a byte-order mark or without.
 
     Raises:
-        ValueError: where it is no JSON, or no UTF-8.
+        ValueError: where it is no JSON.
         OSError: where it cannot be read.
     """
-    return json.loads(Path(path).read_text(encoding="utf-8-sig"))
+    return json.loads(Path(path).read_bytes())
 
 
 def make_folders(*folders: str) -> None:

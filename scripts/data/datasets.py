@@ -154,7 +154,7 @@ class VolumeLoader:
 
     Args:
         dataset: of all volumes.
-        skip: whether a volume, by its name, has its results already; None takes every volume.
+        skip: whether a volume, by its name and its file, has its results already; None takes every volume.
         rank: of this process.
         num_ranks: among which the volumes are shared.
 
@@ -166,12 +166,13 @@ class VolumeLoader:
     def __init__(
         self,
         dataset: WholeVolumeDataset,
-        skip: Callable[[str], bool] | None = None,
+        skip: Callable[[str, str], bool] | None = None,
         rank: int = 0,
         num_ranks: int = 1,
     ) -> None:
         self.dataset = dataset
-        missing = [i for i, entry in enumerate(dataset.data) if skip is None or not skip(entry["name"])]
+        every = enumerate(dataset.data)
+        missing = [i for i, entry in every if skip is None or not skip(entry["name"], entry["image"])]
         missing = gather(missing)[0]  # as rank 0 sees it: another one may already be at work
         self.done, self.indices = len(dataset) - len(missing), missing[rank::num_ranks]
 

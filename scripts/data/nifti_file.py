@@ -64,6 +64,8 @@ def opened(path: Path) -> Iterator[tuple[nib.Nifti1Image, Any]]:
         raise UserError(f"{path}: no such file; correct the path")
     if path.is_dir():
         raise UserError(f"{path}: is a directory, not a NIfTI file; {REPLACE}")
+    if not path.is_file():  # a pipe would be waited for
+        raise UserError(f"{path}: is no regular file; {REPLACE}")
     if path.stat().st_size == 0:
         raise UserError(f"{path}: is empty (0 bytes); {REPLACE}")
     try:

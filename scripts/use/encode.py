@@ -73,7 +73,7 @@ class Encoding(VolumeWorkflow):
             save_nifti(_image(sigma, volume["affine"]), self.output.folder / f"{volume['name']}_emb_sigma.nii.gz")
         write_json(self.output.sidecar(volume["name"]), facts)
         save_nifti(_image(mu, volume["affine"]), path)
-        self.output.finished(volume["name"])
+        self.output.finished(volume["name"], volume["image"])
 
     def conclude(self, findings: list[None]) -> None:
         """Write the statistics and the datalist of all latents that are there, also those of earlier runs."""

@@ -23,8 +23,9 @@ class Output:
     """A folder of results, the record of the weights and settings that they were made with, and the list of them.
 
     The record is `made_with<ending>.json`. The list, `made_with<ending>.jsonl`, has a line for each result that is
-    whole, with its size in bytes: what is not in it was not made with these weights and settings, or not to its end.
-    So results of two networks do not mix, an overwriting that was interrupted goes on, and both hold in a copy.
+    whole, with its size in bytes and that of the volume's file: what is not in it was not made with these weights and
+    settings, or not to its end. So results of two networks do not mix, nor those of two volumes of one name, an
+    overwriting that was interrupted goes on, and all that holds in a copy.
 
     Args:
         folder: where the results go.
@@ -61,7 +62,7 @@ class Output:
         if idist.get_rank() == 0:
             self._begin(settings)
         idist.barrier()
-        self._sizes = _sizes(self.list)
+        self._listed = _listed(self.list)
 
     def _begin(self, settings: Mapping[str, Any]) -> None:
         """Begin list and record, where they are not to be gone on with."""
@@ -100,16 +101,16 @@ class Output:
 
     def names(self) -> list[str]:
         """The volumes whose results are there, of all ranks and of earlier runs, in the order of their files."""
-        self._sizes = _sizes(self.list)
-        return sorted(filter(self.done, self._sizes), key=self.path)
+        self._listed = _listed(self.list)
+        return sorted(filter(self.done, self._listed), key=self.path)
 
-    def finished(self, name: str) -> None:
-        """List the result of the volume `name`, all files of which are in their places.
+    def finished(self, name: str, source: str | None = None) -> None:
+        """List the result of the volume `name` of the file `source`, all files of which are in their places.
 
         Raises:
             UserError: where the list cannot be written.
         """
-        line = self._line(name)
+        line = self._line(name, source)
         try:
             with self.list.open("a+b", buffering=0) as file:  # one write to the end of the file, whoever else writes
                 end = file.seek(0, os.SEEK_END)
@@ -121,38 +122,61 @@ class Output:
             raise UserError(
                 f"{self.list}: cannot be written ({reason(error)}); free space or choose another folder"
             ) from error
-        self._sizes[name] = json.loads(line)["bytes"]
+        self._listed[name] = json.loads(line)
 
-    def _line(self, name: str) -> str:
+    def _line(self, name: str, source: str | None = None) -> str:
         """What the list says of a result: JSON in ASCII, whatever is in the name."""
-        return json.dumps({"name": name, "bytes": self.path(name).stat().st_size}) + "\n"
+        item: dict[str, Any] = {"name": name, "bytes": self.path(name).stat().st_size}
+        if (size := _size(source)) is not None:
+            item["source_bytes"] = size
+        return json.dumps(item) + "\n"
 
-    def done(self, name: str) -> bool:
+    def done(self, name: str, source: str | None = None) -> bool:
         """Whether the result of the volume `name` is there, and was made with the present weights and settings.
 
+        Args:
+            name: of the volume.
+            source: its file.
+
         Raises:
-            UserError: where a file of that name is there, but no earlier run of this has made it.
+            UserError: where a file of that name is there, but no earlier run of this has made it, or one of another
+                volume.
         """
         path = self.path(name)
         try:
             size = path.stat().st_size
         except OSError:  # it is not there, or cannot be: writing it will say why
             return False
-        if name not in self._sizes and not self.ours and not self.overwrite:
+        if name not in self._listed and not self.ours and not self.overwrite:
             raise UserError(
                 f"{path}: is there, but is no result of an earlier run; move it, give another output_dir, or "
                 "--overwrite True to replace it"
             )
-        return size == self._sizes.get(name) and (not self.sidecars or self.sidecar(name).is_file())
+        item = self._listed.get(name, {})
+        was, now = item.get("source_bytes"), _size(source)
+        if was is not None and now is not None and was != now:
+            raise UserError(
+                f"{path}: was made of another file of that name ({was} bytes; {source} has {now}); give another "
+                "output_dir, or --overwrite True to replace it"
+            )
+        return size == item.get("bytes") and (not self.sidecars or self.sidecar(name).is_file())
 
 
-def _sizes(path: Path) -> dict[str, int]:
-    """The size of each result in a list, in bytes, by the name of its volume; lines that were cut off are none."""
-    sizes: dict[str, int] = {}
+def _size(path: str | None) -> int | None:
+    """The bytes of a file; None where there is none."""
+    try:
+        return None if path is None else Path(path).stat().st_size
+    except OSError:
+        return None
+
+
+def _listed(path: Path) -> dict[str, dict[str, Any]]:
+    """What a list says of each result, by the name of its volume; lines that were cut off are none."""
+    found: dict[str, dict[str, Any]] = {}
     for line in path.read_bytes().splitlines() if path.exists() else ():
         try:
             item = json.loads(line)
-            sizes[item["name"]] = item["bytes"]
+            found[item["name"]] = dict(item)
         except (ValueError, KeyError, TypeError):
             continue
-    return sizes
+    return found

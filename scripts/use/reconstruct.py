@@ -35,4 +35,4 @@ class Reconstruction(VolumeWorkflow):
         for x, (slab, *_) in self.slabs(volume, self.network):  # (1, 1, x, Y, Z): never the whole volume in float32
             restored[x : x + slab.shape[2]] = intensity.restore(slab[0, 0], dtype)
         write_like(volume["image"], restored.numpy(), self.output.path(volume["name"]))
-        self.output.finished(volume["name"])
+        self.output.finished(volume["name"], volume["image"])

@@ -178,7 +178,7 @@ def test_words_of_another_kind_are_refused(overridden: Run, words: list[str], me
 
 def test_overrides_from_python_are_left_as_they_are(overridden: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["notebook"])
-    workflow = ConfigWorkflow(str(overridden.file), logging_file=False, meta_file=None, output_dir="~/x", count="2")
+    workflow = ConfigWorkflow(str(overridden.file), logging_file=False, meta_file=None, output_dir="~/x#1", count="2")
     workflow.initialize()
     parsed = workflow.parser.get_parsed_content
-    assert parsed("output_dir") == "/home/me/x" and parsed("count") == "2" and parsed("overwrite") is False
+    assert parsed("output_dir") == "/home/me/x#1" and parsed("count") == "2" and parsed("overwrite") is False

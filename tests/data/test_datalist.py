@@ -152,8 +152,10 @@ def test_a_split_is_loaded_and_must_not_be_empty(datalist: Path) -> None:
 
 def test_a_byte_order_mark_is_no_fault(datalist: Path) -> None:
     wanted = load(datalist)
-    datalist.write_bytes(b"\xef\xbb\xbf" + datalist.read_bytes())
-    assert load(datalist) == wanted
+    text = datalist.read_text()
+    for encoding in ("utf-8-sig", "utf-16"):  # as editors and shells of Windows write
+        datalist.write_text(text, encoding=encoding)
+        assert load(datalist) == wanted
 
 
 def test_building_follows_links_and_names_what_it_leaves_out(tmp_path: Path, capsys) -> None:

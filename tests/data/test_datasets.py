@@ -96,7 +96,7 @@ class Watched(Volumes):
 
 def test_a_loader_deals_what_is_missing() -> None:
     dataset = Watched(8)
-    loaders = [VolumeLoader(dataset, {"2", "5"}.__contains__, rank, 2) for rank in (0, 1)]
+    loaders = [VolumeLoader(dataset, lambda name, image: name in ("2", "5"), rank, 2) for rank in (0, 1)]
     assert [loader.indices for loader in loaders] == [[0, 3, 6], [1, 4, 7]] and loaders[0].done == 2
     assert [item["name"] for item in loaders[1]] == ["1", "4", "7"] and len(loaders[1]) == 3
     assert list(VolumeLoader(Volumes([]))) == [] and len(VolumeLoader(dataset)) == 8
@@ -104,7 +104,9 @@ def test_a_loader_deals_what_is_missing() -> None:
 
 def test_what_is_missing_is_what_rank_0_saw(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets, "gather", lambda seen: [[0, 1, 2, 3], seen])
-    loader = VolumeLoader(Watched(4), {"0"}.__contains__, rank=1, num_ranks=2)  # rank 0 has done volume 0 since
+    loader = VolumeLoader(
+        Watched(4), lambda name, image: name == "0", rank=1, num_ranks=2
+    )  # rank 0 has done volume 0 since
     assert loader.indices == [1, 3] and loader.done == 0
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import gzip
+import os
 from pathlib import Path
 
 import nibabel as nib
@@ -101,6 +102,9 @@ def test_other_bad_files_are_named(tmp_path: Path) -> None:
             read_header(path)
     with pytest.raises(UserError, match="is a directory"):
         read_header(tmp_path)
+    os.mkfifo(tmp_path / "pipe.nii")
+    with pytest.raises(UserError, match="is no regular file"):
+        read_header(tmp_path / "pipe.nii")
     bad = noise(dtype=np.float32)
     bad[3, 4, 5] = np.nan
     with pytest.raises(UserError, match="not finite"):

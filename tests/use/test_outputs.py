@@ -184,3 +184,19 @@ def test_results_of_other_weights_or_settings_are_refused(tmp_path: Path) -> Non
         output(tmp_path)
     output(tmp_path, sha256="2", window=32, overwrite=True)
     assert json.loads((tmp_path / "made_with_recon.json").read_text())["settings"] == {"window": 32}
+
+
+def test_a_result_of_another_volume_of_the_same_name_is_refused(tmp_path: Path) -> None:
+    first, second = tmp_path / "one.nii", tmp_path / "two.nii"
+    first.write_bytes(b"1")
+    second.write_bytes(b"12")
+    made = output(tmp_path / "results")
+    made.path("v").write_bytes(b"voxels")
+    made.finished("v", str(first))
+    assert made.done("v", str(first)) and made.done("v") and made.done("v", str(tmp_path / "gone.nii"))
+    again = output(tmp_path / "results")
+    with pytest.raises(
+        UserError, match=r"v_recon.nii.gz: was made of another file of that name \(1 bytes; .*two.nii has 2\)"
+    ):
+        again.done("v", str(second))
+    assert not output(tmp_path / "results", overwrite=True).done("v", str(second))

@@ -66,7 +66,7 @@ def workflow(items: list[dict[str, Any]], errors: dict[str, BaseException] | Non
 
 def test_volumes_are_counted_with_those_that_were_there(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
-    named = workflow([item("a"), item("b"), item("c")], skip=lambda name: name == "b")
+    named = workflow([item("a"), item("b"), item("c")], skip=lambda name, image: name == "b")
     for _ in range(2):  # again from the beginning
         named.run()
         assert named.concluded == [["a", "c"]] and named.failed == []
