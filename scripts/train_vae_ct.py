@@ -8,9 +8,12 @@ set. Relative paths, also those in the files, are relative to the bundle's root.
 from __future__ import annotations
 
 import argparse
+import codecs
+import json
 import os
 import socket
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -54,6 +57,16 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         if not Path(file).is_file():
             raise UserError(f"{file}: no such configuration file; docs/examples has one of each kind")
     return options, overrides
+
+
+def without_mark(file: Path) -> Path:
+    """The file, or a temporary copy in UTF-8 where it begins with a byte-order mark, which MONAI cannot read."""
+    content = file.read_bytes()
+    if not content.startswith((codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return file
+    copy = Path(tempfile.mkdtemp(prefix="maisi_ct_")) / file.name
+    copy.write_text(content.decode(json.detect_encoding(content)), encoding="utf-8")
+    return copy
 
 
 def check_gpus(gpus: int) -> None:
@@ -124,7 +137,8 @@ def launch(gpus: int, command: Sequence[str]) -> None:
 def main() -> None:
     errors.install()
     options, overrides = parse(sys.argv[1:])
-    files = [str(Path(f).resolve()) for f in (options.environment_file, options.config_file, options.training_config)]
+    given = (options.environment_file, options.config_file, options.training_config)
+    files = [str(without_mark(Path(file).resolve())) for file in given]
     os.chdir(ROOT)
     joined = "LOCAL_RANK" in os.environ
     if joined and options.gpus != int(os.environ["LOCAL_WORLD_SIZE"]) and os.environ["LOCAL_RANK"] == "0":

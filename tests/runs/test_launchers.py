@@ -125,14 +125,17 @@ def test_a_launcher_takes_files_of_the_home_folder(monkeypatch: pytest.MonkeyPat
         train_vae_ct.parse(["-e", "~nobody-of-that-name/env.json", *GUIDE[2:]])
 
 
-def test_files_may_lie_in_a_folder_with_blanks_and_hashes(datalist: Path, tmp_path: Path) -> None:
+def test_files_may_lie_in_a_folder_with_blanks_and_hashes_and_begin_with_a_mark(datalist: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run #1, it's mine"
     folder.mkdir()
     files = [shutil.copy(file, folder / f"{flag} #file.json") for flag, file in zip("ect", GUIDE[1::2], strict=True)]
+    for file, encoding in zip(files, ("utf-8-sig", "utf-8", "utf-16"), strict=True):  # as Windows' editors write
+        file.write_text(file.read_text(), encoding=encoding)
     given = [word for flag, file in zip("ect", files, strict=True) for word in (f"-{flag}", f"~/{file.name}")]
     done = call(
         [*LAUNCHER[:2], *given, *words(SHORT | folders(folder, datalist) | {"autoencoder_train#lr": -1})],
         HOME=str(folder),
+        TMPDIR=str(tmp_path),
     )
     assert printed_last(done) == "error: autoencoder_train#lr is -1; use a number above 0"
 
