@@ -36,7 +36,9 @@ FOREIGN = (
     "Root Cause (first observed failure)",  # torchrun
     "address already in use",  # torchrun
 )
-COMMAND = re.compile(r"(python|make|pip|docker|torchrun|sbatch|ssh|scancel|watch|tail|export|[A-Z_]+=|2>)|--\S+ [^:;]*$")
+COMMAND = re.compile(
+    r"(python|make|pip|docker|torchrun|sbatch|ssh|scancel|watch|tail|export|[A-Z_]+=|2>)|--\S+ [^:;]*$"
+)
 
 
 class Table(NamedTuple):

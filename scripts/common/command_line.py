@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -56,7 +56,8 @@ def read(argv: Sequence[str] | None = None) -> None:
     content: Any = parser.get()
     for key, value in list(content.items()):
         if is_path(key) and key not in options:
-            parser[key] = _at_home(files.get(key, value))
+            written = files.get(key)  # MONAI has put "::" for "#" by now
+            parser[key] = _at_home(written if repr(written).replace("#", "::") == repr(value) else value)
     parser.parse(reset=True)
 
 
@@ -111,18 +112,18 @@ def check_command_line(argv: Sequence[str] | None = None) -> tuple[dict[str, str
         UserError: naming the key, where it stands, and what was probably meant.
     """
     options = _options(sys.argv if argv is None else argv)
-    if not options.get("config_file"):
+    given = _config_file(options)
+    if not given:
         return {}, ConfigParser({})
-    given = DefaultParseValue(options["config_file"])  # as Fire reads it for MONAI, which then splits at commas
     several = given.split(",") if isinstance(given, str) and not Path(given).is_file() else ensure_tuple(given)
     parser, configs = merged([str(file) for file in several])
     if not configs:
         return {}, parser
     first, *layers = configs
+    known = ConfigParser(configs[first])
     for file in layers:
         for key in configs[file]:
             name = key.lstrip("+")
-            known = ConfigParser(configs[first])
             if name not in _WORKFLOW and name not in known and (close := _close(name, known, 0.85)):
                 raise UserError(f"{file}: unknown key {name!r}; did you mean {close!r}?")
     overrides = {key: word for key, word in options.items() if key not in _RUN_ARGUMENTS}
@@ -132,6 +133,14 @@ def check_command_line(argv: Sequence[str] | None = None) -> tuple[dict[str, str
             hint = f"did you mean --{close}?" if close else "the config file lists the keys"
             raise UserError(f"--{key}: no such key in {', '.join(configs)}; {hint}")
     return overrides, parser
+
+
+def _config_file(options: Mapping[str, str | None]) -> Any:
+    """What `--config_file` says, as Fire reads it for MONAI, or `config_file` in the file that `--args_file` names."""
+    if word := options.get("config_file"):
+        return DefaultParseValue(word)
+    arguments = options.get("args_file")
+    return ConfigParser.load_config_file(arguments).get("config_file") if arguments else None
 
 
 def _options(argv: Sequence[str]) -> dict[str, str | None]:

@@ -60,6 +60,15 @@ def test_misspelt_keys_of_layers_are_refused_and_foreign_ones_pass(tmp_path: Pat
         check_command_line(argv)
 
 
+def test_config_files_of_an_args_file_are_read_too(tmp_path: Path) -> None:
+    arguments = tmp_path / "arguments.json"
+    arguments.write_text(json.dumps({"config_file": str(TRAIN)}))
+    options, defaults = check_command_line(["x", "run", "--args_file", str(arguments), "--resume", "false"])
+    assert options == {"resume": "false"} and defaults["seed"] == 0
+    with pytest.raises(UserError, match="--modle_dir: no such key"):
+        check_command_line(["x", "run", "--args_file", str(arguments), "--modle_dir", "m"])
+
+
 def test_other_programs_are_left_alone() -> None:
     check_command_line(["pytest", "--modle_dir", "x"])
 
@@ -174,6 +183,18 @@ def test_words_of_another_kind_are_refused(overridden: Run, words: list[str], me
     with pytest.raises(RuntimeError) as caught:
         overridden(*words)
     assert last_line(caught.value) == f"error: {message}"
+
+
+def test_an_args_file_says_what_the_command_line_does_not(overridden: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = overridden.file.with_name("arguments.json")
+    content = {"config_file": str(overridden.file), "start_path": "~/a#b", "overwrite": True}
+    arguments.write_text(json.dumps(content))
+    monkeypatch.setattr(sys, "argv", ["x", "run", "--args_file", str(arguments), "--output_dir", "~/c#d"])
+    workflow = ConfigWorkflow(**content, output_dir="~/c", logging_file=False, meta_file=None)
+    workflow.initialize()
+    parsed = workflow.parser.get_parsed_content
+    assert (parsed("start_path"), parsed("output_dir")) == ("/home/me/a#b", "/home/me/c#d")
+    assert parsed("overwrite") is True and parsed("model_dir") == "/home/me/maisi#1"
 
 
 def test_overrides_from_python_are_left_as_they_are(overridden: Run, monkeypatch: pytest.MonkeyPatch) -> None:

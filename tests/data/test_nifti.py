@@ -223,6 +223,8 @@ def test_a_file_is_what_its_bytes_say(tmp_path: Path) -> None:
     second = tmp_path / "d.nii.gz"
     nib.save(nib.Nifti2Image(noise(), np.diag([2.0, 2.0, 2.5, 1.0])), second)
     assert np.array_equal(read_nifti(second)[0], noise())
+    (tmp_path / "f.nii.gz").write_bytes(gzip.compress(plain) + b"what a tape or a tool has added")
+    assert np.array_equal(read_nifti(tmp_path / "f.nii.gz")[0], noise())
     (tmp_path / "e.nii.gz").write_bytes(gzip.compress(plain[:-10]))  # whole as gzip, not as NIfTI
     with pytest.raises(UserError, match="is truncated or damaged"):
         read_header(tmp_path / "e.nii.gz")
