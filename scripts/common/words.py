@@ -24,7 +24,7 @@ _PATH_ENDINGS = ("_dir", "_path", "_file", "_list")
 _PATHS = ("bundle_root", "output", "file", "datalist", "relative_to")
 _TRUTH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
-TEXT, TRUTH, NUMBER, ANY = "a text", "true or false", "a number", "a value"
+TEXT, TRUTH, COUNT, NUMBER, ANY = "a text", "true or false", "a whole number", "a number", "a value"
 
 
 def read_word(name: str, word: str, kind: str, path: bool = False) -> Any:
@@ -34,7 +34,7 @@ def read_word(name: str, word: str, kind: str, path: bool = False) -> Any:
         name: of what it sets, with its dashes.
         word: as the shell gave it.
         kind: `TEXT`: the word itself, or a list where it is written as one of quoted texts; `TRUTH`: true, yes, 1,
-            false, no or 0, in any case; `NUMBER`; or `ANY`: a Python literal, else a text, as Fire reads it.
+            false, no or 0, in any case; `COUNT`, a whole number; `NUMBER`; or `ANY`: a Python literal, else a text, as Fire reads it.
         path: whether `~` at its beginning is the home folder.
 
     Raises:
@@ -53,14 +53,14 @@ def read_word(name: str, word: str, kind: str, path: bool = False) -> Any:
         return word.lower() == "true"
     if kind == ANY and word.lower() in ("null", "none"):
         return None
-    return _number(name, word) if kind == NUMBER else DefaultParseValue(word)
+    return _number(name, word, kind) if kind in (COUNT, NUMBER) else DefaultParseValue(word)
 
 
-def _number(name: str, word: str) -> int | float:
-    for number in (int, float):
+def _number(name: str, word: str, kind: str) -> int | float:
+    for number in (int, float) if kind == NUMBER else (int,):
         with suppress(ValueError):
             return number(word)
-    raise UserError(f"{name} is {word!r}, which is no number; use one")
+    raise UserError(f"{name} is {word!r}, which is not {kind}; use one")
 
 
 def _list_of_texts(word: str) -> list[str] | None:
@@ -92,6 +92,6 @@ def door(commands: Mapping[str, Callable[..., Any]]) -> None:
 
 
 def _reader(name: str, annotation: str) -> Callable[[str], Any]:
-    kinds = {"str": TEXT, "bool": TRUTH, "int": NUMBER, "float": NUMBER}
+    kinds = {"str": TEXT, "bool": TRUTH, "int": COUNT, "float": NUMBER}
     kind = kinds.get(annotation.split(" | ")[0], ANY)
     return lambda word: read_word(f"--{name}", word, kind, is_path(name))

@@ -190,6 +190,8 @@ def _checked_entry(entry: object, where: str, folders: Sequence[Path]) -> dict[s
         raise UserError(f"{where} has no image path (image is {image!r}); give the path of a .nii.gz file")
     if not isinstance(modality, str) or modality.lower() not in CLASSES:
         raise UserError(f"{where} has class {modality!r}; use one of {', '.join(CLASSES)}")
+    if image.startswith("~/"):
+        image = str(Path(image).expanduser())
     if not Path(image).is_absolute():
         image = str((next((f for f in folders if (f / image).exists()), folders[0]) / image).absolute())
     return {"image": image, "class": modality.lower()}

@@ -174,9 +174,9 @@ def test_references_keep_their_meaning(overridden: Run) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--count=abc"], "--count is 'abc', which is no number; use one"),
+        (["--count=abc"], "--count is 'abc', which is not a number; use one"),
         (["--output_dir"], "--output_dir has no value; give one, after = where it begins with dashes"),
-        (["--interval=x"], "--interval is 'x', which is no number; use one"),
+        (["--interval=x"], "--interval is 'x', which is not a number; use one"),
     ],
 )
 def test_words_of_another_kind_are_refused(overridden: Run, words: list[str], message: str) -> None:

@@ -49,7 +49,7 @@ def test_truth_in_any_case_and_nothing_else(words: str, value: bool) -> None:
 def test_numbers_and_what_may_be_anything() -> None:
     assert [read_word("--seed", word, NUMBER) for word in ("3", "-1.5", "2e3", "1_000")] == [3, -1.5, 2000.0, 1000]
     for word in ("abc", "true", "3#4", "", "[1]"):
-        with pytest.raises(UserError, match=r"--seed is .*, which is no number; use one"):
+        with pytest.raises(UserError, match=r"--seed is .*, which is not a number; use one"):
             read_word("--seed", word, NUMBER)
     words = {"[96, 96, 96]": [96, 96, 96], "false": False, "NULL": None, "cpu": "cpu", "a,b": ("a", "b"), "1": 1}
     assert {word: read_word("--x", word, ANY) for word in words} == words
@@ -73,11 +73,14 @@ def test_doors_take_words_as_they_are(word: str, monkeypatch: pytest.MonkeyPatch
 
 
 def test_doors_refuse_what_is_of_another_kind(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    monkeypatch.setattr(sys, "argv", ["x", "show", "20261125", "--count", "2e1", "--strict", "--shape", "[3,4]"])
+    monkeypatch.setattr(sys, "argv", ["x", "show", "20261125", "--count", "20", "--strict", "--shape", "[3,4]"])
     door({"show": shown})
-    assert capsys.readouterr().out.strip() == repr(("20261125", None, 20.0, True, [3, 4]))
+    assert capsys.readouterr().out.strip() == repr(("20261125", None, 20, True, [3, 4]))
     monkeypatch.setattr(sys, "argv", ["x", "show", "d", "--strict", "maybe"])
     with pytest.raises(UserError, match="--strict is 'maybe', which is neither true nor false"):
+        door({"show": shown})
+    monkeypatch.setattr(sys, "argv", ["x", "show", "d", "--count", "2.5"])
+    with pytest.raises(UserError, match="--count is '2.5', which is not a whole number; use one"):
         door({"show": shown})
 
 

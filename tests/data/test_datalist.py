@@ -150,6 +150,13 @@ def test_a_split_is_loaded_and_must_not_be_empty(datalist: Path) -> None:
         load_split(str(datalist), "validation")
 
 
+def test_the_home_folder_is_that_of_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    (tmp_path / "list.json").write_text(json.dumps({"training": [{"image": "~/ct/a.nii.gz"}, {"image": "~b.nii"}]}))
+    images = [entry["image"] for entry in load(tmp_path / "list.json")["training"]]
+    assert images == ["/home/me/ct/a.nii.gz", str(tmp_path / "~b.nii")]
+
+
 def test_a_byte_order_mark_is_no_fault(datalist: Path) -> None:
     wanted = load(datalist)
     text = datalist.read_text()
