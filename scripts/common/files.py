@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import os
 import socket
 import time
@@ -15,6 +16,8 @@ from typing import Any
 from uuid import uuid4
 
 from scripts.common.errors import UserError, reason
+
+logger = logging.getLogger(__name__)
 
 PART = ".part-"  # how the names of files begin that are not whole yet
 LITTER = 24 * 3600.0  # seconds after which such a file is one that a killed run has left
@@ -112,7 +115,8 @@ def own(folder: str | Path) -> None:
         owner = file.read().strip() or "another process"
         file.close()
         raise UserError(f"{folder}: is in use by {owner}; wait for it, stop it, or give another folder") from error
-    except OSError:  # a file system without locks
+    except OSError as error:  # a file system without locks
+        logger.warning("%s: cannot be locked (%s), so nothing keeps others from writing there", folder, reason(error))
         file.close()
         return
     if not _is(file, folder / LOCK):  # its owner has removed it meanwhile

@@ -34,7 +34,8 @@ def read_word(name: str, word: str, kind: str, path: bool = False) -> Any:
         name: of what it sets, with its dashes.
         word: as the shell gave it.
         kind: `TEXT`: the word itself, or a list where it is written as one of quoted texts; `TRUTH`: true, yes, 1,
-            false, no or 0, in any case; `COUNT`, a whole number; `NUMBER`; or `ANY`: a Python literal, else a text, as Fire reads it.
+            false, no or 0, in any case; `COUNT`: a whole number; `NUMBER`; or `ANY`: a Python literal, else a text, as
+            Fire reads it.
         path: whether `~` at its beginning is the home folder.
 
     Raises:
