@@ -102,3 +102,14 @@ def test_the_example_files_hold_the_defaults() -> None:
     ours = {key: value for key, value in base["autoencoder_def"].items() if key not in ignored}
     assert {k: v for k, v in network.pop("autoencoder_def").items() if k not in ignored} == ours
     assert network.items() <= base.items()
+
+
+def test_the_reference_recipe_restores_the_references_schedule_and_switches_off_what_is_ours() -> None:
+    parser = ConfigParser()
+    parser.read_config([str(TRAIN), "configs/reference_recipe.json"])
+    rate = parser.get_parsed_content("learning_rate")
+    assert [rate(epoch) for epoch in range(150)] == [0.01] * 10 + [0.1] * 10 + [1.0] * 130
+    layer = json.loads(Path("configs/reference_recipe.json").read_text())
+    knobs = {key: value for key, value in layer.items() if key != "_desc_"}
+    assert knobs == dict.fromkeys(("lr_decay", "ema_decay", "discriminator_start", "scale_equivariance"), 0)
+    check_command_line(["x", "run", "--config_file", f"['{TRAIN}','configs/reference_recipe.json']"])

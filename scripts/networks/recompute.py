@@ -116,17 +116,19 @@ class FastAutoencoderKlMaisi(Reconstructor):
             part.activation_checkpointing = activation_checkpointing  # type: ignore[assignment]
 
     def forward(  # type: ignore[override]
-        self, x: torch.Tensor, noise: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        self, x: torch.Tensor, noise: torch.Tensor | None = None, half: bool = False
+    ) -> tuple[torch.Tensor, ...]:
         """Reconstruction from a posterior sample, posterior mean and standard deviation.
 
         Args:
             x: (B, 1, X, Y, Z) in [0, 1].
             noise: standard normal, in the latents' shape; drawn here where it is None, as MONAI's network does.
+            half: give a fourth tensor, what the posterior mean of half the size (averaged) is decoded to.
         """
         mu, sigma = self.encode(x)
         noise = torch.randn_like(sigma) if noise is None else noise
-        return self.decode(mu + sigma * noise), mu, sigma
+        whole = self.decode(mu + sigma * noise), mu, sigma
+        return (*whole, self.decode(F.avg_pool3d(mu, 2))) if half else whole
 
 
 def for_training(

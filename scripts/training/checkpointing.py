@@ -19,6 +19,7 @@ from scripts.common.errors import UserError, reason
 from scripts.common.files import disown, own
 from scripts.common.ranks import gather
 from scripts.networks.weights import load_weights
+from scripts.training.average import AveragedNetwork
 from scripts.training.engine import TrainingEngine
 from scripts.training.model_folder import ModelFolder
 from scripts.training.schedule import hyperparameters
@@ -80,6 +81,8 @@ class Checkpointing:
         self.folder.begin(overwrite or resume)
         for name, path in start_weights.items():
             load_weights(self.trainer.bare[name], path)
+        for average in self.trainer.averages.values():
+            average.restart()
 
     def attach(self, checkpoint_minutes: float) -> None:
         """Save at the end of each epoch, after its validation, and the checkpoint every so many minutes.
@@ -122,7 +125,7 @@ class Checkpointing:
         epoch = engine.state.epoch
         best = engine.progress.best(engine.best_by) if engine.best_by else None
         if self.is_main and self._finite():
-            self.folder.save(engine.bare, self._content(), epoch, best is not None and best["epoch"] == epoch)
+            self.folder.save(engine.results(), self._content(), epoch, best is not None and best["epoch"] == epoch)
             self.saved = time.monotonic()
         self._stop_if_asked(engine)
 
@@ -162,8 +165,9 @@ class Checkpointing:
             content = torch.load(path, map_location="cpu", weights_only=True)
             if "settings" not in content:
                 raise KeyError("written by an earlier version")
-            if not self.state.keys() <= content["state"].keys():
-                raise KeyError(f"no state of {min(self.state.keys() - content['state'].keys())}")
+            missing = self.state.keys() - content["state"].keys() - _averages(self.state)
+            if missing:
+                raise KeyError(f"no state of {min(missing)}")
             return content
         except Exception as error:
             raise UserError(
@@ -175,10 +179,11 @@ class Checkpointing:
         self._compare(content["settings"], path)
         configured = {name: hyperparameters(optimizer) for name, optimizer in self.trainer.optimizers.items()}
         for name, item in self.state.items():
-            if not content["state"][name]:  # a gradient scaler of a run that needed none
+            state = content["state"].get(name, {})
+            if not state and name not in _averages(self.state):  # a gradient scaler of a run that needed none
                 continue
             try:
-                item.load_state_dict(content["state"][name])
+                item.load_state_dict(state)
             except (RuntimeError, ValueError, KeyError) as error:
                 raise UserError(
                     f"{path}: does not fit this configuration ({name}: {reason(error)}); restore the network "
@@ -203,6 +208,11 @@ class Checkpointing:
             raise UserError(
                 f"{path}: {changed[0]} was {was}, now it is {now}{more}; restore it, or start over in another model_dir"
             )
+
+
+def _averages(state: Mapping[str, Any]) -> set[str]:
+    """What a checkpoint need not have: an average begins where there was none."""
+    return {name for name, item in state.items() if isinstance(item, AveragedNetwork)}
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

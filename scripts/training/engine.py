@@ -25,6 +25,7 @@ from scripts.common.errors import UserError
 from scripts.common.memory import memory_advice
 from scripts.common.precision import amp_dtype, autocast
 from scripts.common.ranks import mean
+from scripts.training.average import AveragedNetwork
 from scripts.training.schedule import advance
 from scripts.training.signals import STATUS, StopSignal
 
@@ -67,6 +68,7 @@ class TrainingEngine(Trainer):
         schedulers: learning rates, by name; any of `torch.optim.lr_scheduler`.
         scheduler_interval: what they step by: "epoch" or "iteration". `ReduceLROnPlateau` steps by validation.
         best_by: the metric by which one validation is better than another, if it is lower.
+        averages: of networks, by their names; what is saved as weights.
         amp: compute in `amp_dtype`, where `step` asks for `autocast`; float16 gets gradient scalers.
         max_grad_norm: gradients are scaled down to this norm; None to leave them.
         seed: all that is random in a step is a function of (seed, iteration, sample's place in the global batch).
@@ -90,6 +92,7 @@ class TrainingEngine(Trainer):
         schedulers: Mapping[str, LRScheduler] | None = None,
         scheduler_interval: str = "epoch",
         best_by: str | None = None,
+        averages: Mapping[str, AveragedNetwork] | None = None,
         amp: bool = True,
         max_grad_norm: float | None = None,
         seed: int = 0,
@@ -103,6 +106,7 @@ class TrainingEngine(Trainer):
         )
         self.networks, self.optimizers, self.schedulers = dict(networks), dict(optimizers), dict(schedulers or {})
         self.bare: dict[str, Any] = {name: getattr(net, "module", net) for name, net in networks.items()}  # without DDP
+        self.averages = dict(averages or {})
         self.scheduler_interval, self.best_by = scheduler_interval, best_by
         self.max_grad_norm, self.seed = max_grad_norm, seed
         self.dtype = amp_dtype(self.state.device, amp)
@@ -187,7 +191,17 @@ class TrainingEngine(Trainer):
     def stateful(self) -> dict[str, Any]:
         """All that resuming needs and that has a state, by name. Schedules have none: see `restore_rates`."""
         scalers = {_logged("scaler", name): s for name, s in self.scalers.items() if name not in self.unscaled}
-        return {**self.bare, **self.optimizers, **scalers}
+        averages = {f"{name}_average": average for name, average in self.averages.items() if average.decay}
+        return {**self.bare, **averages, **self.optimizers, **scalers}
+
+    def results(self) -> dict[str, nn.Module]:
+        """The networks as they are to be used, by name: averaged where there is an average."""
+        return self.bare | {name: average.network for name, average in self.averages.items()}
+
+    @property
+    def share(self) -> float:
+        """Which share of the training's steps was done when the present one began, from 0 up to below 1."""
+        return (self.state.iteration - 1) / (self.state.epoch_length * self.state.max_epochs)
 
     def restore_rates(self, hyperparameters: Mapping[str, Iterable[Mapping[str, Any]]]) -> None:
         """After resuming: what the configuration says of the optimizers, and of their rates at this step.
@@ -220,6 +234,8 @@ class TrainingEngine(Trainer):
             optimizer.zero_grad(set_to_none=True)
         self._norms: dict[str, torch.Tensor] = {}
         losses = self.step(moved)
+        for average in self.averages.values():
+            average.update()
         self.progress.own_losses = {name: value.detach().float() for name, value in (losses | self._norms).items()}
         means = mean(torch.stack(list(self.progress.own_losses.values())))
         return dict(zip(self.progress.own_losses, means.unbind(), strict=True))

@@ -73,7 +73,8 @@ def check_disk(trainer: TrainingEngine, model_dir: str, weights: Mapping[str, st
         UserError: naming the folder and both sizes.
     """
     sizes = {name: 4 * sum(p.numel() for p in network.parameters()) for name, network in trainer.bare.items()}
-    checkpoint = 3 * sum(sizes.values())  # Adam holds two more values for each weight
+    # Adam holds two more values for each weight, an average one.
+    checkpoint = 3 * sum(sizes.values()) + sum(sizes[name] for name, a in trainer.averages.items() if a.decay)
     total = sum(sizes[name] for name in weights.values()) + checkpoint
     there = sum(f.stat().st_size for f in Path(model_dir).glob("*.pt"))
     need, free = max(total - there, 0) + checkpoint, shutil.disk_usage(model_dir).free

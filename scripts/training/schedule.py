@@ -12,20 +12,42 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from scripts.common.errors import UserError
 
 
-class Warmup:
-    """Learning-rate factor of an epoch (from 0): `factors[i]` before `epochs[i]`, then 1.
+class LearningRate:
+    """Learning-rate factor of an epoch (from 0): that of the warm-up times that of the decay.
+
+    Args:
+        epochs: of the warm-up, ascending.
+        factors: `factors[i]` before `epochs[i]`, then 1.
+        decay: over this last share of the training the rate falls, in a line, to what would be 0 after the last epoch;
+            0 for a rate that stays. Small steps at the end settle what large ones overshoot.
+        max_epochs: of the training.
 
     Raises:
-        UserError: unless there is one factor for each epoch, epochs ascending.
+        UserError: unless there is one factor for each epoch, epochs ascending; or for a decay that is no share.
     """
 
-    def __init__(self, epochs: Sequence[int], factors: Sequence[float]) -> None:
+    def __init__(
+        self, epochs: Sequence[int], factors: Sequence[float], decay: float = 0.0, max_epochs: int = 1
+    ) -> None:
         if len(epochs) != len(factors) or sorted(epochs) != list(epochs):
             raise UserError(f"warmup_epochs {epochs} must ascend and have one of warmup_factors {factors} each")
+        check_share("lr_decay", decay)
         self.steps = list(zip(epochs, factors, strict=True))
+        self.decay, self.max_epochs = decay * max_epochs, max_epochs
 
     def __call__(self, epoch: int) -> float:
-        return next((factor for until, factor in self.steps if epoch < until), 1.0)
+        warmup = next((factor for until, factor in self.steps if epoch < until), 1.0)
+        return warmup * (min(1.0, (self.max_epochs - epoch) / self.decay) if self.decay else 1.0)
+
+
+def check_share(name: str, value: object) -> None:
+    """Whether the knob `name` is a share of the training.
+
+    Raises:
+        UserError: where it is not.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+        raise UserError(f"{name} is {value!r}; use a share of the training, from 0 to 1")
 
 
 def adam_eps(amp: bool) -> float:

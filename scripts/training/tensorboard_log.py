@@ -34,7 +34,7 @@ class TensorBoardLog:
         self._writer: SummaryWriter | None = None
         self.pending: list[tuple[int, float, list[str], torch.Tensor]] = []  # step, rate, names, losses
         self.sums: dict[str, float] = {}
-        self.steps = 0
+        self.counts: dict[str, int] = {}  # steps differ in what they log
 
     @contextmanager
     def writing(self) -> Iterator[SummaryWriter]:
@@ -76,16 +76,17 @@ class TensorBoardLog:
             values = dict(zip(names, flat, strict=False))
             self.write_scalars("train_iter", values | {"learning_rate": rate}, step)
             if all(map(math.isfinite, values.values())):
-                self.sums = {name: self.sums.get(name, 0.0) + value for name, value in values.items()}
-                self.steps += 1
+                for name, value in values.items():
+                    self.sums[name] = self.sums.get(name, 0.0) + value
+                    self.counts[name] = self.counts.get(name, 0) + 1
         self.pending.clear()
         return values
 
     def epoch_means(self) -> dict[str, float]:
         """Means over the steps since the last call, those that were not finite left out."""
         self.flush()
-        means = {name: total / self.steps for name, total in self.sums.items()}
-        self.sums, self.steps = {}, 0
+        means = {name: total / self.counts[name] for name, total in self.sums.items()}
+        self.sums, self.counts = {}, {}
         return means
 
     def state_dict(self) -> dict[str, Any]:
@@ -94,7 +95,7 @@ class TensorBoardLog:
         with self.writing() as writer:
             writer.flush()
             sizes = {file.name: file.stat().st_size for file in self._files()}
-        return {"training": self.training, "sums": self.sums, "steps": self.steps, "sizes": sizes}
+        return {"training": self.training, "sums": dict(self.sums), "counts": dict(self.counts), "sizes": sizes}
 
     def _files(self) -> list[Path]:
         return list(Path(self.log_dir).glob(f"*tfevents*.{self.training}"))
@@ -102,7 +103,8 @@ class TensorBoardLog:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Cut the event files back; those begun since then get a name that TensorBoard does not read."""
         self.training, self.resumed = state["training"], True
-        self.sums, self.steps = dict(state["sums"]), state["steps"]
+        self.sums = dict(state["sums"])
+        self.counts = dict(state["counts"] if "counts" in state else dict.fromkeys(self.sums, state["steps"]))  # 0.5
         for file in self._files() if self.enabled else ():
             size = state["sizes"].get(file.name)
             if size is None:

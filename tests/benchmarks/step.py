@@ -57,12 +57,16 @@ class StockLoop:
     the rest.
     """
 
-    def __init__(self, device: str, amp: bool) -> None:
-        self.autoencoder, self.discriminator = networks(True, device)
-        self.perceptual = quiet_perceptual(device)
+    def __init__(
+        self, device: str, amp: bool, parts: tuple[nn.Module, nn.Module, nn.Module] | None = None, lr: float = 1e-4
+    ) -> None:
+        self.autoencoder, self.discriminator, self.perceptual = parts or (
+            *networks(True, device),
+            quiet_perceptual(device),
+        )
         self.adversarial = PatchAdversarialLoss(criterion="least_squares")
-        self.adam_g = torch.optim.Adam(self.autoencoder.parameters(), 1e-4, eps=1e-6)
-        self.adam_d = torch.optim.Adam(self.discriminator.parameters(), 1e-4, eps=1e-6)
+        self.adam_g = torch.optim.Adam(self.autoencoder.parameters(), lr, eps=1e-6)
+        self.adam_d = torch.optim.Adam(self.discriminator.parameters(), lr, eps=1e-6)
         self.amp = amp
 
     def step(self, images: torch.Tensor) -> None:

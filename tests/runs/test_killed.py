@@ -90,6 +90,10 @@ SHORT = TINY | {
     "val_interval": 3,
     "checkpoint_minutes": 0,
     "num_workers": 1,
+    "lr_decay": 0.7,
+    "ema_decay": 0.9,
+    "scale_equivariance": 0.25,
+    "discriminator_start": 0.5,  # learns from the sixth of twelve steps on, and counts from the seventh
 }
 READY = "a validation"  # the last row of the table before the first step
 

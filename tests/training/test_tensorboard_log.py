@@ -22,7 +22,7 @@ def test_resuming_cuts_the_log_back_to_the_checkpoint(tmp_path: Path) -> None:
     first = TensorBoardLog(str(tmp_path))
     log_steps(first, 1, 2, 3)
     saved = first.state_dict()
-    assert saved["sums"] == {"loss": 6.0} and saved["steps"] == 3
+    assert saved["sums"] == {"loss": 6.0} and saved["counts"] == {"loss": 3}
     log_steps(first, 4, 5)
     first.close()
     killed = TensorBoardLog(str(tmp_path))  # went on from the same checkpoint, and was killed before its own
@@ -69,3 +69,15 @@ def test_a_full_disk_is_named(small_disk: Path) -> None:
     with pytest.raises(UserError, match=r"w\.pt: cannot be written .*; free space or choose another model_dir"):
         write_tensors({"weights": torch.zeros(1 << 19)}, small_disk / "w.pt")
     assert (small_disk / "w.pt").read_bytes() == before and not list(small_disk.glob(".part*"))
+
+
+def test_means_are_over_the_steps_that_have_a_loss(tmp_path: Path) -> None:
+    log = TensorBoardLog(str(tmp_path))
+    log.add_step(1, 0.5, {"loss": torch.tensor(1.0)})
+    log.add_step(2, 0.5, {"loss": torch.tensor(3.0), "adv_loss": torch.tensor(5.0)})
+    resumed = TensorBoardLog(str(tmp_path))
+    resumed.load_state_dict(log.state_dict())
+    assert log.epoch_means() == resumed.epoch_means() == {"loss": 2.0, "adv_loss": 5.0}
+    old = {"training": resumed.training, "sums": {"loss": 6.0}, "steps": 3, "sizes": {}}  # of version 0.5
+    resumed.load_state_dict(old)
+    assert resumed.epoch_means() == {"loss": 2.0}

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from ignite.engine import Events
 from monai.losses import PatchAdversarialLoss
 from monai.networks.nets import PatchDiscriminator
 from torch import nn
@@ -142,3 +143,59 @@ def test_patch_too_small_for_the_discriminator() -> None:
     check_patch([32, 32, 32], discriminator)
     with pytest.raises(UserError, match=r"patch_size is \[32, 16, 32\], too small for the discriminator"):
         check_patch([32, 16, 32], discriminator)
+
+
+def test_the_discriminator_learns_before_it_counts_and_disturbs_nothing_before() -> None:
+    trainer = make_trainer(batch_size=1, steps=20)
+    trainer.discriminator_start = 0.5
+    seen: list[set[str]] = []
+    weights: list[torch.Tensor] = []
+    judge = trainer.bare["discriminator"]
+
+    def look(engine: Any) -> None:
+        seen.append(set(engine.state.output))
+        weights.append(torch.cat([p.detach().flatten() for p in judge.parameters()]))
+
+    trainer.add_event_handler(Events.ITERATION_COMPLETED, look)
+    trainer.run()
+    assert ["d_loss" in names for names in seen] == [False] * 9 + [True] * 11  # 0.45 of 20 steps are 9
+    assert ["adv_loss" in names for names in seen] == [False] * 10 + [True] * 10
+    assert all(torch.equal(w, weights[0]) for w in weights[:9]) and not torch.equal(weights[9], weights[8])
+    never = make_trainer(batch_size=1, steps=3)
+    never.discriminator_start = 1.0
+    never.run()
+    assert "d_loss" not in never.state.output
+
+
+def test_latents_of_half_the_size_are_those_of_the_image_of_half_the_size() -> None:
+    trainer = make_trainer(batch_size=2, steps=1)
+    trainer.scale_equivariance = 0.25
+    network = stock_network()
+    network.load_state_dict(trainer.bare["autoencoder"].state_dict())
+    images = next(iter(trainer.data_loader))["image"]
+    with torch.no_grad():
+        halved = network.decode(F.avg_pool3d(network.encode(images)[0], 2))
+    wanted = F.l1_loss(halved, F.avg_pool3d(images, 2))
+    plain = make_trainer(batch_size=2, steps=1)
+    for each in (trainer, plain):
+        each.run()
+    assert float(trainer.state.output["scale_loss"]) == pytest.approx(float(wanted), rel=1e-5)
+    assert "scale_loss" not in plain.state.output
+    assert not torch.equal(
+        *(parameters_to_vector(t.bare["autoencoder"].decoder.parameters()) for t in (trainer, plain))
+    )
+
+
+@pytest.mark.parametrize("start", [-0.1, 1.5, "half", True])
+def test_a_start_that_is_no_share_is_refused(start: Any) -> None:
+    with pytest.raises(UserError, match=r"discriminator_start is .*; use a share of the training, from 0 to 1"):
+        VaeTrainer(
+            device="cpu",
+            max_epochs=1,
+            train_data_loader=[0],  # type: ignore[arg-type]
+            networks={},
+            optimizers={},
+            generator_loss=torch.nn.Identity(),
+            adversarial_loss=torch.nn.Identity(),
+            discriminator_start=start,
+        )
