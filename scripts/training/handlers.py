@@ -66,6 +66,17 @@ class Validate(ValidationHandler):
         engine.progress.validations.append({"epoch": engine.state.epoch, **metrics})
         text = "  ".join(f"{name} {metrics[name]:{style}}" for name, style in self.shown.items())
         logger.info("epoch %d validation: %s  (%.0f s)", engine.state.epoch, text, time.perf_counter() - started)
+        self._say_if_stuck(engine)
+
+    def _say_if_stuck(self, engine: Any) -> None:
+        """A line where the best validation lies back by more than a third of the training so far."""
+        best = engine.progress.best(engine.best_by) if engine.best_by else None
+        if best is None or len(engine.progress.validations) < 4:
+            return
+        since = engine.state.epoch - best["epoch"]
+        if since > engine.state.epoch / 3:
+            was = f"that of epoch {best['epoch']:.0f} ({engine.best_by} {best[engine.best_by]:.4f})"
+            logger.info("no validation was better than %s for %d epochs, over a third of the training", was, since)
 
 
 class TrainingLog:
@@ -79,6 +90,8 @@ class TrainingLog:
         shown: the losses in bar and log line; TensorBoard gets all.
         batch_size: of one iteration over all ranks.
         samples: what a batch is made of, for `train_epoch/<samples>_per_second`.
+        weights: of the terms of what is minimised, by their names: which share each has of the sum is told after an
+            epoch, in a log line and as `train_epoch/share_<name>`.
     """
 
     def __init__(
@@ -88,9 +101,10 @@ class TrainingLog:
         shown: Sequence[str],
         batch_size: int = 1,
         samples: str = "samples",
+        weights: Mapping[str, float] | None = None,
     ) -> None:
         self.log, self.optimizer, self.shown, self.batch_size = log, optimizer, shown, batch_size
-        self.samples = samples
+        self.samples, self.weights = samples, dict(weights or {})
         self.bar: tqdm | None = None
 
     def attach(self, engine: Any) -> None:
@@ -143,9 +157,19 @@ class TrainingLog:
             means |= {"data_wait_share": wait, f"{self.samples}_per_second": speed}
             remaining = seconds / steps * state.epoch_length * (state.max_epochs - state.epoch)
             left = f"  {speed:.2f} {self.samples}/s  data wait {wait:.0%}  left {tqdm.format_interval(remaining)}"
-        self.log.write_scalars("train_epoch", means, state.epoch)
+        shares = self._shares(means)
+        self.log.write_scalars("train_epoch", means | {f"share_{n}": s for n, s in shares.items()}, state.epoch)
         rate = f"  lr {means['learning_rate']:.1e}"
         logger.info("epoch %d/%d: %s%s%s", state.epoch, state.max_epochs, text, rate, left)
+        if shares:
+            terms = ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
+            logger.info("epoch %d/%d: of what is minimised, %s", state.epoch, state.max_epochs, terms)
+
+    def _shares(self, means: Mapping[str, float]) -> dict[str, float]:
+        """Of the weighted terms that the epoch had, in their sum."""
+        terms = {name: weight * means[name] for name, weight in self.weights.items() if weight and name in means}
+        total = sum(terms.values())
+        return {name: term / total for name, term in terms.items()} if total else {}
 
     def _end(self, engine: Any) -> None:
         self._show(engine)
