@@ -32,6 +32,7 @@ import torch.nn.functional as F
 from monai.bundle import ConfigParser, ConfigWorkflow
 from torch import nn
 
+from scripts.common.precision import amp_dtype, autocast
 from scripts.data.datalist import load_split
 from scripts.data.datasets import Volumes
 from scripts.measure.latents import LatentHealth
@@ -130,7 +131,7 @@ def stock_network(arguments: argparse.Namespace) -> Any:
 
 def measured(network: nn.Module, volume: Mapping[str, Any], window: int, lpips: Any) -> dict[str, float]:
     """Quality and latent health of one volume."""
-    inferer = VolumeInferer([window] * 3, factor=4, overlap=0.25, sw_device="cpu")
+    inferer = VolumeInferer([window] * 3, factor=4, overlap=0, sw_device="cpu")
     intensity = volume["intensity"]
     slabs = inferer.slabs(volume["voxels"], network.reconstruct, intensity.normalise)  # type: ignore[arg-type]
     whole, mu, sigma = joined(slabs)
@@ -208,6 +209,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--seconds", type=float, default=None)
     parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--first_seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--channels", type=int, nargs="+", default=[32, 32, 64])
     parser.add_argument("--groups", type=int, default=16)
@@ -224,10 +226,10 @@ def main() -> None:
         paths = (f"{arguments.lpips}/squeezenet1_1-b8a52dc0.pth", f"{arguments.lpips}/lpips_squeeze_v0.1.pth")
         lpips = PerceptualLoss(backbone_path=paths[0], linear_path=paths[1])
     results: dict[str, Any] = {}
-    for seed in range(arguments.seeds):
+    for seed in range(arguments.first_seed, arguments.first_seed + arguments.seeds):
         for name in arguments.variants:
             get, steps, took = train(name, arguments, entries, seed)
-            with torch.inference_mode():
+            with torch.inference_mode(), autocast("cpu", amp_dtype("cpu", True)):
                 network = get()
                 cases = [measured(network, held[i], arguments.patch, lpips) for i in range(len(held))]
             results.setdefault(name, []).append({"seed": seed, "steps": steps, "seconds": took, "cases": cases})

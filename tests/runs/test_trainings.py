@@ -13,7 +13,20 @@ import pytest
 import torch
 from monai.apps.generation.maisi.networks.autoencoderkl_maisi import AutoencoderKlMaisi
 
-from tests.helpers import NETWORK, REAL_CT, TINY, break_volume, folders, guide_files, run, save_nifti, scalars
+from scripts.common.errors import last_line
+from tests.helpers import (
+    NETWORK,
+    REAL_CT,
+    TINY,
+    break_volume,
+    folders,
+    guide_files,
+    run,
+    same,
+    save_nifti,
+    scalars,
+    workflow,
+)
 
 LOSSES = ("recons_loss", "kl_loss", "p_loss", "adv_loss", "d_loss")
 
@@ -104,3 +117,26 @@ def test_real_ct_trains(tmp_path: Path) -> None:
     options = TINY | {"autoencoder_train#n_epochs": 1, "autoencoder_train#val_patch_size": [64, 64, 64]}
     last = run("train", **options, **folders(tmp_path, path)).trainer.progress.validations[-1]
     assert np.isfinite(last["loss"]) and 0 < last["mae_hu"] < 2000
+
+
+def test_the_average_is_what_is_validated_and_saved(datalist: Path, tmp_path: Path) -> None:
+    recipe = {"ema_decay": 0.9, "lr_decay": 0.5, "discriminator_start": 0.5, "scale_equivariance": 0.25}
+    trainer = run("train", **TINY | recipe, **folders(tmp_path, datalist)).trainer
+    average, last = trainer.results()["autoencoder"], trainer.bare["autoencoder"]
+    saved = torch.load(tmp_path / "models" / "autoencoder.pt", weights_only=True)
+    assert same(saved, average.state_dict()) and not same(saved, last.state_dict())
+    kept = torch.load(tmp_path / "models" / "checkpoint.pt", weights_only=True)["state"]
+    assert same(kept["autoencoder"], last.state_dict()) and same(kept["autoencoder_average"]["network"], saved)
+    assert kept["autoencoder_average"]["steps"] == 8
+    events = scalars(tmp_path / "outputs/tfevent_ct/autoencoder")
+    assert [e.step for e in events.Scalars("train_iter/adv_loss")] == [5, 6, 7, 8]
+    assert [e.step for e in events.Scalars("train_iter/d_loss")] == [5, 6, 7, 8]  # and from 0.45 of eight steps on
+    assert [round(e.value, 8) for e in events.Scalars("train_epoch/learning_rate")] == [1e-4, 1e-4]
+    assert len(events.Scalars("train_iter/scale_loss")) == 8
+    shares = [events.Scalars(f"train_epoch/share_{name}")[-1].value for name in ("recons_loss", "p_loss", "adv_loss")]
+    assert 0.5 < sum(shares) < 1
+    with pytest.raises(RuntimeError) as caught:
+        workflow("train", **TINY | {"ema_decay": 1}, **folders(tmp_path / "other", datalist))
+    assert (
+        last_line(caught.value) == "error: ema_decay is 1; use a number from 0 (no average) up to below 1, e.g. 0.999"
+    )
