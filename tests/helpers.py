@@ -59,6 +59,12 @@ TINY: dict[str, Any] = {
     "autoencoder_train#n_epochs": 2,
     "autoencoder_train#val_interval": 1,
 }
+SMALLEST: dict[str, Any] = TINY | {
+    "autoencoder_def#num_channels": [4, 4, 4],
+    "autoencoder_def#norm_num_groups": 4,
+    "discriminator_def#channels": 2,
+    "autoencoder_train#val_patch_size": [32, 32, 32],
+}
 
 # What Fire, which takes words for Python, would change.
 TRICKY = [

@@ -55,7 +55,8 @@ def find(root: str | Path, pattern: str | None = None, skip: str | Path | None =
             if why := _left_out(item, path.relative_to(root), pattern):
                 found.left_out[why] += 1
             elif not item.is_dir():
-                _note(found, files, item, path)
+                target = os.path.realpath(path) if item.is_symlink() else os.path.join(real, item.name)  # noqa: PTH118
+                _note(found, files, target, path)
             elif skip is None or path != Path(skip):
                 (pending if item.is_symlink() else folders).append(path)
         pending.extendleft(reversed(folders))
@@ -76,12 +77,11 @@ def _left_out(item: os.DirEntry[str], path: PurePath, pattern: str | None) -> st
     return ""
 
 
-def _note(found: Found, files: dict[str, Path], item: os.DirEntry[str], path: Path) -> None:
+def _note(found: Found, files: dict[str, Path], real: str, path: Path) -> None:
     """Take a file, unless it was found before by a path without links."""
-    real = os.path.realpath(path)
     if real in files:
         found.left_out["links to files that are listed already"] += 1
-    if real not in files or (files[real].is_symlink() and not item.is_symlink()):
+    if real not in files or (files[real].is_symlink() and not path.is_symlink()):
         files[real] = path
 
 

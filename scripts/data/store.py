@@ -52,7 +52,7 @@ def read_volume(entry: Mapping[str, str], select_channel: int = 0) -> tuple[np.n
 
 
 def _printable(name: str) -> str:
-    """A file name without the bytes that are no text."""
+    """A file name or path with "?" for the bytes that are no text."""
     return name.encode(errors="replace").decode()
 
 
@@ -102,9 +102,8 @@ class Store:
         modality = entry.get("class", "ct")
         identity = [FORMAT, str(source), status.st_size, status.st_mtime_ns, modality, self.select_channel]
         digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
-        name = (
-            _printable(source.name.split(".nii")[0]).encode()[:200].decode(errors="ignore")
-        )  # of the 255 there may be
+        name = _printable(source.name.split(".nii")[0])
+        name = name.encode()[:200].decode(errors="ignore")  # of the 255 bytes that a name may have
         return self.folder / f"{name}-{digest}.b2nd"
 
     def open(self, entry: Mapping[str, str]) -> Volume:
@@ -124,11 +123,7 @@ class Store:
         if target.exists():
             return target
         data, affine, intensity = read_volume(entry, self.select_channel)
-        facts = {
-            "affine": affine.tolist(),
-            "window": list(intensity.window),
-            "source": entry["image"].encode(errors="replace").decode(),
-        }
+        facts = {"affine": affine.tolist(), "window": list(intensity.window), "source": _printable(entry["image"])}
         self._write(target, data, facts)
         return target
 

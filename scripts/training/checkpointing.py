@@ -165,8 +165,9 @@ class Checkpointing:
             content = torch.load(path, map_location="cpu", weights_only=True)
             if "settings" not in content:
                 raise KeyError("written by an earlier version")
-            missing = self.state.keys() - content["state"].keys() - _averages(self.state)
-            if missing:
+            # An average begins where there was none; all else must be there.
+            needed = {name for name, item in self.state.items() if not isinstance(item, AveragedNetwork)}
+            if missing := needed - content["state"].keys():
                 raise KeyError(f"no state of {min(missing)}")
             return content
         except Exception as error:
@@ -180,7 +181,7 @@ class Checkpointing:
         configured = {name: hyperparameters(optimizer) for name, optimizer in self.trainer.optimizers.items()}
         for name, item in self.state.items():
             state = content["state"].get(name, {})
-            if not state and name not in _averages(self.state):  # a gradient scaler of a run that needed none
+            if not state and not isinstance(item, AveragedNetwork):  # a gradient scaler of a run that needed none
                 continue
             try:
                 item.load_state_dict(state)
@@ -208,11 +209,6 @@ class Checkpointing:
             raise UserError(
                 f"{path}: {changed[0]} was {was}, now it is {now}{more}; restore it, or start over in another model_dir"
             )
-
-
-def _averages(state: Mapping[str, Any]) -> set[str]:
-    """What a checkpoint need not have: an average begins where there was none."""
-    return {name for name, item in state.items() if isinstance(item, AveragedNetwork)}
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

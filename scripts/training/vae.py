@@ -12,6 +12,7 @@ from torch import nn
 
 from scripts.common.errors import UserError
 from scripts.training.engine import TrainingEngine
+from scripts.training.knobs import WEIGHT
 from scripts.training.schedule import check_share
 
 LEAD = 0.05  # the share of the training for which the discriminator learns before it counts
@@ -62,11 +63,7 @@ class VaeTrainer(TrainingEngine):
         super().__init__(**kwargs)
         self.generator_loss, self.adversarial_loss, self.adv_weight = generator_loss, adversarial_loss, adv_weight
         check_share("discriminator_start", discriminator_start)
-        if (
-            isinstance(scale_equivariance, bool)
-            or not isinstance(scale_equivariance, (int, float))
-            or scale_equivariance < 0
-        ):
+        if not WEIGHT.good(scale_equivariance):
             raise UserError(f"scale_equivariance is {scale_equivariance!r}; use a weight from 0, e.g. 0.25")
         self.discriminator_start, self.scale_equivariance = discriminator_start, scale_equivariance
         self.inferer = SimpleInferer() if inferer is None else inferer

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from scripts.common.errors import UserError
-from scripts.common.files import write_json
+from scripts.common.files import read_json, write_json
 from scripts.data.nifti import save_nifti
 from scripts.measure.latents import LatentHealth
 from scripts.networks.windows import joined
@@ -93,7 +92,7 @@ class Encoding(VolumeWorkflow):
 
 def _read(sidecar: Path) -> dict[str, Any]:
     try:
-        content = json.loads(sidecar.read_text(encoding="utf-8"))
+        content = read_json(sidecar)
         if missing := {"name", "split", "modality", "latent_sums"} - content.keys():
             raise KeyError(min(missing))
         return content

@@ -12,7 +12,7 @@ from typing import Any
 import ignite.distributed as idist
 
 from scripts.common.errors import UserError, reason
-from scripts.common.files import write_json, write_text
+from scripts.common.files import read_json, write_json, write_text
 from scripts.networks.weights import Weights
 
 RECORD = "made_with{}.json"
@@ -78,7 +78,7 @@ class Output:
         """Refuse a folder whose results come from other weights or settings than these."""
         remedy = "give another output_dir, or --overwrite True to replace them"
         try:
-            earlier = json.loads(self.record.read_text(encoding="utf-8"))
+            earlier = read_json(self.record)
             weights, sha256, was = earlier["weights"], earlier["weights_sha256"], dict(earlier["settings"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(

@@ -18,7 +18,7 @@ from scripts.common import ranks
 from scripts.networks.weights import save_weights, write_tensors
 from tests.helpers import (
     MULTI_GPU,
-    TINY,
+    SMALLEST,
     TRAIN,
     finish,
     folders,
@@ -81,12 +81,8 @@ def test_the_toy_asked_to_stop_ends_with_75_on_all_ranks(count: int, tmp_path: P
 
 # The autoencoder's training, through its config
 
-SHORT = TINY | {
-    "autoencoder_def#num_channels": [4, 4, 4],
-    "autoencoder_def#norm_num_groups": 4,
-    "discriminator_def#channels": 2,
+SHORT = SMALLEST | {
     "autoencoder_train#n_epochs": 3,
-    "autoencoder_train#val_patch_size": [32, 32, 32],
     "val_interval": 3,
     "checkpoint_minutes": 0,
     "num_workers": 1,

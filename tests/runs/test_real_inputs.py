@@ -21,7 +21,7 @@ from scripts.common.errors import UserError, last_line
 from scripts.data.examine import check
 from tests.helpers import (
     SMALL,
-    TINY,
+    SMALLEST,
     call,
     folders,
     last_line_of,
@@ -33,13 +33,7 @@ from tests.helpers import (
     workflow,
 )
 
-SHORT = TINY | {
-    "autoencoder_def#num_channels": [4, 4, 4],
-    "autoencoder_def#norm_num_groups": 4,
-    "discriminator_def#channels": 2,
-    "autoencoder_train#n_epochs": 1,
-    "autoencoder_train#val_patch_size": [32, 32, 32],
-}
+SHORT = SMALLEST | {"autoencoder_train#n_epochs": 1}
 ODD = ("ct#2 $x @y %z 'q'", "Müller~1", "a\udcfcb", 'new\nline"')  # names of folders and files
 WINDOW = {"val_sliding_window_patch_size": [32, 32, 32], "val_overlap": 0}
 
