@@ -1,7 +1,7 @@
 """One chunked store on disk: each volume is converted once, and then read box by box.
 
-A conversion is a compressed Blosc2 array in the closest canonical orientation (RAS), int16 where that loses nothing
-and float32 otherwise, with affine and intensity window beside it.
+A conversion is a compressed Blosc2 array. That of a volume is in the closest canonical orientation (RAS), int16 where
+that loses nothing and float32 otherwise, with affine and intensity window beside it.
 """
 
 from __future__ import annotations
@@ -11,11 +11,13 @@ import json
 import multiprocessing
 import shutil
 import uuid
-from collections.abc import Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import blosc2
 import nibabel as nib
@@ -81,40 +83,53 @@ class Volume:
         return self._array[tuple(box)]
 
 
-class Store:
-    """A folder of converted volumes, shared by all workers and ranks.
+class ArrayStore(ABC):
+    """A folder of converted arrays, shared by all workers and ranks; a subclass says what a file becomes.
 
     Args:
         folder: where they lie; made when something is first converted.
-        select_channel: of 4D MRI volumes.
     """
 
-    def __init__(self, folder: str | Path, select_channel: int = 0) -> None:
-        self.folder, self.select_channel = Path(folder), select_channel
+    unit = "volume"  # what a file holds
+    told: Callable[[list[str]], str] = staticmethod(first_of)  # one line for the faults of several files
 
-    def path(self, entry: Mapping[str, str]) -> Path:
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+
+    @abstractmethod
+    def preprocessing(self, entry: Mapping[str, Any]) -> list[Any]:
+        """What else than its file a conversion depends on."""
+
+    @abstractmethod
+    def read(self, entry: Mapping[str, Any]) -> tuple[np.ndarray, dict[str, Any]]:
+        """The array of an entry from its file, and the facts that are kept with it.
+
+        Raises:
+            UserError: naming the file, what is wrong and what to do.
+        """
+
+    def grid(self, shape: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The shapes of chunks and blocks of an array."""
+        return tuple(min(CHUNK, n) for n in shape), tuple(min(BLOCK, n) for n in shape)
+
+    def path(self, entry: Mapping[str, Any]) -> Path:
         """Where the conversion of an entry lies; another name once path, size, mtime or preprocessing change."""
         source = Path(entry["image"]).absolute()
         try:
             status = source.stat()
         except OSError as error:
             raise UserError(f"{source}: {reason(error)}; correct the path") from error
-        modality = entry.get("class", "ct")
-        identity = [FORMAT, str(source), status.st_size, status.st_mtime_ns, modality, self.select_channel]
+        identity = [FORMAT, str(source), status.st_size, status.st_mtime_ns, *self.preprocessing(entry)]
         digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
         name = _printable(source.name.split(".nii")[0])
         name = name.encode()[:200].decode(errors="ignore")  # of the 255 bytes that a name may have
         return self.folder / f"{name}-{digest}.b2nd"
 
-    def open(self, entry: Mapping[str, str]) -> Volume:
-        """The volume of an entry, converted now if it was not before."""
-        return Volume(self.convert(entry), entry.get("class", "ct"))
-
-    def convert(self, entry: Mapping[str, str]) -> Path:
-        """Convert one volume unless that is done already; safe against other processes and against being killed.
+    def convert(self, entry: Mapping[str, Any]) -> Path:
+        """Convert one file unless that is done already; safe against other processes and against being killed.
 
         Returns:
-            the path of the converted volume, written under another name first and then renamed.
+            the path of the conversion, written under another name first and then renamed.
 
         Raises:
             UserError: naming the file that cannot be converted, or the folder that cannot be written.
@@ -122,21 +137,21 @@ class Store:
         target = self.path(entry)
         if target.exists():
             return target
-        data, affine, intensity = read_volume(entry, self.select_channel)
-        facts = {"affine": affine.tolist(), "window": list(intensity.window), "source": _printable(entry["image"])}
-        self._write(target, data, facts)
+        data, facts = self.read(entry)
+        self._write(target, data, {**facts, "source": _printable(entry["image"])})
         return target
 
     def _write(self, target: Path, data: np.ndarray, facts: Mapping[str, object]) -> None:
         part = target.with_name(f".part-{uuid.uuid4().hex}.b2nd")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            chunks, blocks = self.grid(data.shape)
             array = blosc2.asarray(
                 np.ascontiguousarray(data),
                 urlpath=str(part),
                 mode="w",
-                chunks=tuple(min(CHUNK, n) for n in data.shape),
-                blocks=tuple(min(BLOCK, n) for n in data.shape),
+                chunks=chunks,
+                blocks=blocks,
                 cparams=blosc2.CParams(
                     codec=blosc2.Codec.ZSTD, clevel=1, filters=[blosc2.Filter.SHUFFLE], typesize=data.dtype.itemsize
                 ),
@@ -153,14 +168,14 @@ class Store:
             with suppress(OSError):
                 part.unlink()
 
-    def convert_missing(self, entries: Sequence[Mapping[str, str]], num_workers: int = 4, progress: bool = True) -> int:
+    def convert_missing(self, entries: Sequence[Mapping[str, Any]], num_workers: int = 4, progress: bool = True) -> int:
         """Convert what is missing of `entries`, in `num_workers` processes.
 
         Returns:
-            how many volumes were converted.
+            how many files were converted.
 
         Raises:
-            UserError: naming a volume that cannot be converted, and how many more there are, once all others are; or
+            UserError: naming a file that cannot be converted, and how many more there are, once all others are; or
                 the disk that is too small.
         """
         wanted = {entry["image"]: entry for entry in entries}
@@ -169,7 +184,7 @@ class Store:
             return 0
         self._check_folder([entry["image"] for entry in missing], progress)
         faults = []
-        bar = tqdm(total=len(missing), desc="converting", unit="volume", disable=not progress)
+        bar = tqdm(total=len(missing), desc="converting", unit=self.unit, disable=not progress)
         workers = max(1, min(num_workers, len(missing)))
         with bar, ProcessPoolExecutor(workers, multiprocessing.get_context("fork")) as pool:
             jobs = {pool.submit(self._attempt, entry): entry["image"] for entry in missing}
@@ -186,10 +201,10 @@ class Store:
                     raise
                 bar.update()
         if broken := sorted(filter(None, faults)):
-            raise UserError(first_of(broken))
+            raise UserError(self.told(broken))
         return len(missing)
 
-    def _attempt(self, entry: Mapping[str, str]) -> str:
+    def _attempt(self, entry: Mapping[str, Any]) -> str:
         """Why an entry cannot be converted; empty where it was."""
         return attempt(entry, lambda: self.convert(entry))[1]
 
@@ -205,7 +220,7 @@ class Store:
         free = shutil.disk_usage(self.folder).free
         if progress:
             print(
-                f"{len(sources)} volumes to convert into {self.folder}: about {need / 1e9:.2f} GB, "
+                f"{len(sources)} {self.unit}s to convert into {self.folder}: about {need / 1e9:.2f} GB, "
                 f"free {free / 1e9:.1f} GB"
             )
         if need > free:
@@ -213,3 +228,29 @@ class Store:
                 f"{self.folder}: converting needs about {need / 1e9:.2f} GB, but {free / 1e9:.2f} GB is free; "
                 "set store_dir to a larger disk"
             )
+
+
+class Store(ArrayStore):
+    """The store of volumes.
+
+    Args:
+        folder: where they lie; made when something is first converted.
+        select_channel: of 4D MRI volumes.
+    """
+
+    def __init__(self, folder: str | Path, select_channel: int = 0) -> None:
+        super().__init__(folder)
+        self.select_channel = select_channel
+
+    def preprocessing(self, entry: Mapping[str, Any]) -> list[Any]:
+        """Modality and channel."""
+        return [entry.get("class", "ct"), self.select_channel]
+
+    def read(self, entry: Mapping[str, Any]) -> tuple[np.ndarray, dict[str, Any]]:
+        """As `read_volume`, whose affine and intensity window are the facts."""
+        data, affine, intensity = read_volume(entry, self.select_channel)
+        return data, {"affine": affine.tolist(), "window": list(intensity.window)}
+
+    def open(self, entry: Mapping[str, Any]) -> Volume:
+        """The volume of an entry, converted now if it was not before."""
+        return Volume(self.convert(entry), entry.get("class", "ct"))

@@ -3,8 +3,11 @@ from __future__ import annotations
 import hashlib
 import multiprocessing
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+import blosc2
 import numpy as np
 import pytest
 from monai.transforms import ScaleIntensityRange, ScaleIntensityRangePercentiles
@@ -12,7 +15,7 @@ from monai.transforms import ScaleIntensityRange, ScaleIntensityRangePercentiles
 from scripts.common.errors import UserError
 from scripts.data.datalist import load
 from scripts.data.nifti import read_nifti
-from scripts.data.store import Store, Volume
+from scripts.data.store import ArrayStore, Store, Volume
 from scripts.phantom import make_phantom
 from scripts.volumes import prepare
 from tests.helpers import oriented_affine, save_nifti
@@ -131,3 +134,31 @@ def test_a_conversion_of_version_0_3_is_found_again(tmp_path: Path) -> None:
     identity = f'[1, "{source}", 100, 1, "ct", 0]'
     digest = hashlib.sha256(identity.encode()).hexdigest()[:16]
     assert Store("store").path({"image": str(source)}) == Path(f"store/v-{digest}.b2nd")
+
+
+class Ones(ArrayStore):
+    """As many ones as the file has bytes."""
+
+    unit = "file"
+
+    def preprocessing(self, entry: Mapping[str, Any]) -> list[Any]:
+        return ["ones"]
+
+    def read(self, entry: Mapping[str, Any]) -> tuple[np.ndarray, dict[str, Any]]:
+        if not (size := Path(entry["image"]).stat().st_size):
+            raise UserError(f"{entry['image']}: is empty")
+        return np.ones((size, 2), np.float16), {"bytes": size}
+
+
+def test_another_kind_of_file_says_only_what_becomes_of_it(tmp_path: Path, capsys) -> None:
+    for name, size in (("a", 70), ("b", 0), ("c", 0)):
+        (tmp_path / name).write_bytes(b"x" * size)
+    entries, store = [{"image": str(tmp_path / name)} for name in "abc"], Ones(tmp_path / "store")
+    with pytest.raises(UserError, match=rf"{tmp_path}/b: is empty \(1 more"):
+        store.convert_missing(entries)
+    assert "3 files to convert into" in capsys.readouterr().out
+    (path,) = (tmp_path / "store").iterdir()
+    array = blosc2.open(str(path), mode="r")
+    assert path == store.convert(entries[0]) and array.dtype == np.float16 and np.all(array[...] == 1)
+    assert array.schunk.vlmeta["volume"] == {"bytes": 70, "source": str(tmp_path / "a")}
+    assert Store(tmp_path / "store").path(entries[0]) != path
