@@ -1,4 +1,4 @@
-"""The launchers: train_vae_ct.py, its script for chosen GPUs, and the one for Slurm."""
+"""The launchers: several processes, chosen GPUs, and Slurm."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ import pytest
 import torch
 from torch.distributed.elastic.rendezvous.api import RendezvousTimeoutError
 
-from scripts import train_vae_ct
 from scripts.common.errors import UserError
+from scripts.training import launcher
 from tests.helpers import SLURM, TINY, call, folders, last_line_of, printed_last, processes, run, torchrun, words
 
 EXAMPLES = Path("docs/examples")
@@ -29,6 +29,7 @@ GUIDE = [
     "-c", str(EXAMPLES / "config_network.json"),
     "-t", str(EXAMPLES / "config_maisi_vae_train.json"),
 ]  # fmt: skip
+TRAININGS = sorted(path.stem.removeprefix("train_") for path in Path("scripts").glob("train_*.py"))
 LAUNCHER = [sys.executable, "scripts/train_vae_ct.py", *GUIDE]
 SHORT = TINY | {"autoencoder_def#num_channels": [8, 8, 8], "autoencoder_train#n_epochs": 1}
 
@@ -58,23 +59,6 @@ def test_under_torchrun_the_script_joins(datalist: Path, tmp_path: Path) -> None
     assert validation(tmp_path)["psnr"] > 0
 
 
-@pytest.mark.parametrize(("joined", "layered"), [({}, False), ({"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}, True)])
-def test_what_the_script_becomes(
-    joined: dict[str, str], layered: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    for name, value in joined.items():
-        monkeypatch.setenv(name, value)
-    became: list[str] = []
-    monkeypatch.setattr(os, "execv", lambda program, command: became.extend(command))
-    monkeypatch.setattr(sys, "argv", ["train_vae_ct.py", *GUIDE, "--seed", "3"])
-    monkeypatch.setattr(train_vae_ct.errors, "install", lambda: None)
-    train_vae_ct.main()
-    layers = became[became.index("--config_file") + 1]
-    files = [train_vae_ct.BASE, *(str(Path(f).resolve()) for f in GUIDE[1::2])]
-    assert layers == repr([*files, *([train_vae_ct.MULTI_GPU] if layered else [])])
-    assert became[-2:] == ["--seed", "3"] and became[1:6] == ["-W", "ignore", "-m", "monai.bundle", "run"]
-
-
 def test_a_killed_rank_ends_the_run(datalist: Path, tmp_path: Path) -> None:
     options = SHORT | {"autoencoder_train#n_epochs": 1000, "val_interval": 1000} | folders(tmp_path, datalist)
     log = tmp_path / "log"
@@ -96,33 +80,19 @@ def test_a_killed_rank_ends_the_run(datalist: Path, tmp_path: Path) -> None:
 
 def test_what_cannot_be_launched_is_named(datalist: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match=r"--gpus 999: there .*; ask for "):
-        train_vae_ct.check_gpus(999)
+        launcher.check_gpus(999)
     with pytest.raises(UserError, match="--gpus 0: use 1 or more"):
-        train_vae_ct.check_gpus(0)
-    with pytest.raises(UserError, match=r"nothing\.json: no such configuration file"):
-        train_vae_ct.parse([*GUIDE[:-1], "nothing.json"])
+        launcher.check_gpus(0)
     with socket.socket() as taken:
         taken.bind(("", 0))
         taken.listen()
         port = str(taken.getsockname()[1])
         monkeypatch.setenv("MASTER_PORT", port)
         with pytest.raises(UserError, match=f"MASTER_PORT {port} cannot be used"):
-            train_vae_ct.free_port()
+            launcher.free_port()
     layers = ["configs/train.json", "configs/multi_gpu_train.json"]
     last = last_line_of(layers, **TINY, **folders(tmp_path, datalist))
     assert last.startswith("error: configs/multi_gpu_train.json needs torchrun")
-
-
-def test_a_launcher_takes_files_of_the_home_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("HOME", str(tmp_path))
-    names = ("env.json", "my net #2.json", "knobs.json")
-    for name in names:
-        (tmp_path / name).write_text("{}")
-    options, _ = train_vae_ct.parse(["-e", "~/env.json", f"--config-file=~/{names[1]}", "-t", str(tmp_path / names[2])])
-    found = [options.environment_file, options.config_file, options.training_config]
-    assert found == [str(tmp_path / name) for name in names]
-    with pytest.raises(UserError, match=r"^~nobody-of-that-name/env\.json: no such configuration file"):
-        train_vae_ct.parse(["-e", "~nobody-of-that-name/env.json", *GUIDE[2:]])
 
 
 def test_files_may_lie_in_a_folder_with_blanks_and_hashes_and_begin_with_a_mark(datalist: Path, tmp_path: Path) -> None:
@@ -144,7 +114,7 @@ def test_gpus_that_cannot_be_used_are_told_before_the_start(monkeypatch: pytest.
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match=r"^there are 2 GPUs, but PyTorch .* cannot use them"):
-        train_vae_ct.check_gpus(1)
+        launcher.check_gpus(1)
 
 
 @pytest.fixture
@@ -157,18 +127,18 @@ def two_nodes(monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def test_nodes_that_do_not_meet_give_up_and_name_the_place(two_nodes: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train_vae_ct, "RENDEZVOUS", timedelta(seconds=1))
+    monkeypatch.setattr(launcher, "RENDEZVOUS", timedelta(seconds=1))
     with pytest.raises(UserError, match=two_nodes + r"\(The client socket has timed out .*[^.]\); on every node, set "):
-        train_vae_ct.launch(1, ["-m", "this"])
+        launcher.launch(1, ["-m", "this"])
 
 
 def test_a_node_that_is_alone_says_so(two_nodes: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def wait(options: Any) -> None:
         raise RendezvousTimeoutError
 
-    monkeypatch.setattr(train_vae_ct.torchrun, "run", wait)
+    monkeypatch.setattr(launcher.torchrun, "run", wait)
     with pytest.raises(UserError, match=two_nodes + r"\(not all of 2 nodes came\); on every node"):
-        train_vae_ct.launch(1, ["-m", "this"])
+        launcher.launch(1, ["-m", "this"])
 
 
 def test_an_error_of_a_rank_is_the_launchers_last_line(datalist: Path, tmp_path: Path) -> None:
@@ -192,8 +162,8 @@ def test_the_script_for_chosen_gpus(datalist: Path, tmp_path: Path) -> None:
     assert (tmp_path / "models" / "autoencoder.pt").exists()
 
 
-def launched(folder: Path, counting: str = "echo 4", **environment: str) -> str:
-    """What the script for chosen GPUs starts on a machine with four GPUs: which it shows, and how many processes.
+def launched(folder: Path, counting: str = "echo 4", training: str = "vae_ct", **environment: str) -> str:
+    """What a script for chosen GPUs starts on a machine with four GPUs: which it shows, and the command.
 
     Where it starts nothing: its last line. `counting` is what it is answered when it counts the GPUs.
     """
@@ -201,12 +171,17 @@ def launched(folder: Path, counting: str = "echo 4", **environment: str) -> str:
     programs.mkdir(parents=True, exist_ok=True)
     (programs / "activate").write_text(f'PATH="{programs}:$PATH"\n')
     (programs / "python").write_text(
-        f'#!/bin/sh\n[ "$1" != -W ] || {{ {counting}; exit; }}\necho "$CUDA_VISIBLE_DEVICES | $*"\n'
+        f'#!/bin/sh\n[ "$1" != -W ] || {{ {counting}; exit; }}\necho "$CUDA_VISIBLE_DEVICES: $*"\n'
     )
     (programs / "python").chmod(0o755)
     environment = {"CUDA_VISIBLE_DEVICES": "", "VENV": str(programs.parent)} | environment
-    done = call(["scripts/train_vae_ct_gpu.sh"], **environment)
-    return re.sub(r"\|.* -g", "x", done.stdout.strip()) if done.returncode == 0 else printed_last(done)
+    done = call([f"scripts/train_{training}_gpu.sh", "--seed", "3"], **environment)
+    return done.stdout.strip() if done.returncode == 0 else printed_last(done)
+
+
+def shown(started: str) -> str:
+    """Which GPUs were shown to how many processes, or the last line."""
+    return re.sub(r": .* -g (\d+) .*", r" x \1", started)
 
 
 @pytest.mark.parametrize(
@@ -227,12 +202,12 @@ def launched(folder: Path, counting: str = "echo 4", **environment: str) -> str:
     ],
 )
 def test_gpus_are_chosen_by_number(ids: str, started: str, tmp_path: Path) -> None:
-    assert launched(tmp_path, GPU_IDS=ids).endswith(started)
+    assert shown(launched(tmp_path, GPU_IDS=ids)).endswith(started)
 
 
 def test_gpus_are_chosen_among_those_shown(tmp_path: Path) -> None:
-    assert launched(tmp_path, GPU_IDS="1,3", CUDA_VISIBLE_DEVICES="4, 5, 6, 7") == "5,7 x 2"
-    assert launched(tmp_path, CPU_PROCESSES=" 2 ") == "x 2"
+    assert shown(launched(tmp_path, GPU_IDS="1,3", CUDA_VISIBLE_DEVICES="4, 5, 6, 7")) == "5,7 x 2"
+    assert shown(launched(tmp_path, CPU_PROCESSES=" 2 ")) == " x 2"
     for wrong in ("08", "0", "2 2", "1.5", "99999"):
         last = launched(tmp_path, CPU_PROCESSES=wrong)
         assert last == f"error: CPU_PROCESSES is {wrong}; use a number of processes, 2 say"
@@ -245,17 +220,94 @@ def test_gpus_that_cannot_be_used_end_the_script_for_chosen_gpus(tmp_path: Path)
     code = "\n".join(
         ["import sys, torch", *(f"torch.cuda.{name} = lambda: {value}" for name, value in with_old_driver.items())]
     )
-    asked = re.findall(r"python -W ignore -c '(.*)'", Path("scripts/train_vae_ct_gpu.sh").read_text())
+    asked = re.findall(r"python -W ignore -c '(.*)'", Path("scripts/train_gpu.sh").read_text())
     done = call([sys.executable, "-c", f"{code}\n{asked[0]}"])
     assert done.returncode == 1 and printed_last(done).startswith("error: there are 2 GPUs, but PyTorch ")
     assert len(done.stderr.strip().splitlines()) == 1
 
 
-@pytest.mark.parametrize("script", ["scripts/train_vae_ct_gpu.sh", "scripts/train_vae_ct.sh", "tests/slurm/run.sh"])
-def test_shell_scripts_are_clean(script: str) -> None:
+@pytest.mark.parametrize(
+    ("training", "files"),
+    [
+        ("vae_ct", "-e environment_maisi_vae_train -c config_network -t config_maisi_vae_train"),
+        ("diffusion", "-e environment_maisi_diff_model -c config_maisi_diff_model -t config_network_rflow"),
+    ],
+)
+def test_each_training_is_started_with_its_files(training: str, files: str, tmp_path: Path) -> None:
+    files = re.sub(r"(\w{2,})", rf"{EXAMPLES}/\1.json", files)
+    command = f"scripts/train_{training}.py -g 2 {files} --seed 3"
+    assert launched(tmp_path, training=training, GPU_IDS="0,2") == f"0,2: {command}"
+    mine = launched(tmp_path, training=training, NETWORK_FILE="my net.json", TRAINING_FILE="knobs.json")
+    network, knobs = ("-c", "-t") if training == "vae_ct" else ("-t", "-c")
+    assert f"{network} my net.json" in mine and f"{knobs} knobs.json" in mine
+    assert all(Path(file).is_file() for file in files.split() if file.startswith(str(EXAMPLES)))
+
+
+@pytest.mark.parametrize("name", ["", "nothing", "../data", "gpu"])
+def test_a_training_that_is_not_there_is_named(name: str) -> None:
+    done = call(["scripts/train_gpu.sh", *([name] if name else [])])
+    assert done.returncode == 1
+    assert done.stderr == f"error: there is no training '{name}'; use one of {' '.join(TRAININGS)}\n"
+
+
+def test_jobs_ask_for_the_same_under_names_of_their_own() -> None:
+    jobs = {name: Path(f"scripts/train_{name}.sh").read_text() for name in TRAININGS}
+    asked = {name: re.findall(r"^#SBATCH (--[\w-]+)=?(.*)$", job, re.MULTILINE) for name, job in jobs.items()}
+    names = [dict(options)["--job-name"] for options in asked.values()]
+    assert len(set(names)) == len(names)
+    for options, name in zip(asked.values(), names, strict=True):
+        assert dict(options)["--output"] == f"logs/{name}_%j.out"
+        assert [o for o in options if o[0] not in ("--job-name", "--output")] == [
+            o for o in asked["vae_ct"] if o[0] not in ("--job-name", "--output")
+        ]
+
+
+@pytest.mark.parametrize("script", [*sorted(Path("scripts").glob("*.sh")), Path("tests/slurm/run.sh")], ids=str)
+def test_shell_scripts_are_clean(script: Path) -> None:
     subprocess.run(["bash", "-n", script], check=True)
     if shutil.which("shellcheck"):
         subprocess.run(["shellcheck", script], check=True)
+
+
+SRUN = """#!/bin/sh
+trap 'echo "told to stop"; exit 75' USR1
+echo "$NNODES of $MASTER_ADDR:$MASTER_PORT, GPUs $GPU_IDS: $*"
+while [ -e waits ]; do sleep 0.05; done
+"""
+
+
+@pytest.fixture
+def slurm(tmp_path: Path) -> dict[str, str]:
+    """What Slurm puts into a job's environment, and an srun and scontrol that say what they are to do."""
+    (tmp_path / "scripts").symlink_to(Path("scripts").resolve())
+    for name, script in {"srun": SRUN, "scontrol": '#!/bin/sh\n[ "$1" = show ] && echo node7 || echo "$*"\n'}.items():
+        (tmp_path / name).write_text(script)
+        (tmp_path / name).chmod(0o755)
+    job = {"JOB_ID": "12", "JOB_NUM_NODES": "2", "JOB_NODELIST": "node[7-8]", "SUBMIT_DIR": str(tmp_path)}
+    return {"PATH": f"{tmp_path}:{os.environ['PATH']}", **{f"SLURM_{key}": value for key, value in job.items()}}
+
+
+@pytest.mark.parametrize("training", TRAININGS)
+def test_a_job_runs_its_launcher_on_each_node_and_is_requeued_when_told_to_stop(
+    training: str, slurm: dict[str, str], tmp_path: Path
+) -> None:
+    spooled = shutil.copy(f"scripts/train_{training}.sh", tmp_path / "slurm_script")  # as sbatch does
+    done = call(["bash", str(spooled), "--seed", "3"], **slurm)
+    assert done.returncode == 0, done.stderr
+    started = f"scripts/train_{training}_gpu.sh --seed 3"
+    assert done.stdout.splitlines()[1].startswith("2 of node7:20012, GPUs all: ")
+    assert done.stdout.splitlines()[1].endswith(f"--kill-on-bad-exit=1 {started}")
+
+    (tmp_path / "waits").touch()
+    with (tmp_path / "log").open("w") as log:
+        job = subprocess.Popen(["bash", str(spooled)], stdout=log, stderr=log, env=os.environ | slurm)
+    limit = time.monotonic() + 30
+    while "GPUs all" not in (tmp_path / "log").read_text() and time.monotonic() < limit:
+        time.sleep(0.05)
+    job.send_signal(signal.SIGUSR1)
+    assert job.wait(30) == 0
+    lines = (tmp_path / "log").read_text().splitlines()
+    assert "told to stop" in lines and lines[-1] == "requeue 12"
 
 
 @pytest.mark.skipif(not SLURM, reason="needs root, slurm-wlm and munge: apt-get install slurm-wlm munge")
