@@ -95,31 +95,20 @@ class PerceptualLoss(nn.Module):
     ) -> None:
         super().__init__()
         self.slice_ratio = slice_ratio
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            self.backbone = SqueezeNetFeatures()
-            for layer in self.backbone.modules():
-                if isinstance(layer, nn.Conv2d):  # keeps the size of features through the layers
-                    nn.init.kaiming_normal_(layer.weight)
-                    nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
+        self.backbone = _backbone(Path(backbone_path) if pretrained else None)
         self.register_buffer("shift", torch.tensor(_SHIFT).reshape(1, 3, 1, 1))
         self.register_buffer("scale", torch.tensor(_SCALE).reshape(1, 3, 1, 1))
         for index, channels in enumerate(_TAP_CHANNELS):
             self.register_buffer(f"linear{index}", torch.full((channels,), 1.0 / channels))
         if pretrained:
-            self._load(Path(backbone_path), Path(linear_path))
-        else:
-            logger.warning("perceptual_pretrained is false: untrained features, for tries only")
+            self._load_linear(Path(linear_path))
         self.eval().requires_grad_(False)
 
-    def _load(self, backbone_path: Path, linear_path: Path) -> None:
-        backbone, linear = _read(backbone_path), _read(linear_path)
-        own = self.backbone.state_dict()
-        _check_shapes(backbone, {name: tensor.shape for name, tensor in own.items()}, backbone_path)
-        self.backbone.load_state_dict({name: backbone[name] for name in own})
+    def _load_linear(self, path: Path) -> None:
+        linear = _read(path)
         names = [f"lin{index}.model.1.weight" for index in range(len(_TAPS))]
         shapes = {name: torch.Size((1, c, 1, 1)) for name, c in zip(names, _TAP_CHANNELS, strict=True)}
-        _check_shapes(linear, shapes, linear_path)
+        check_shapes(linear, shapes, path)
         for index, name in enumerate(names):
             getattr(self, f"linear{index}").copy_(linear[name].flatten())
 
@@ -129,10 +118,7 @@ class PerceptualLoss(nn.Module):
 
     def features(self, slices: torch.Tensor) -> list[torch.Tensor]:
         """Unit-normalised features at the seven taps of slices (N, 1, H, W)."""
-        height, width = (max(_SMALLEST - n, 0) for n in slices.shape[2:])
-        if height or width:  # thinner than SqueezeNet can take: repeat the border
-            slices = F.pad(slices, (0, width, 0, height), mode="replicate")
-        taps = self.backbone((slices - self.shift) / self.scale)
+        taps = self.backbone((_large_enough(slices) - self.shift) / self.scale)
         return [tap / (tap.square().sum(1, keepdim=True) + 1e-10).sqrt() for tap in (t.float() for t in taps)]
 
     def distance(self, slices: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -188,6 +174,44 @@ class PerceptualLoss(nn.Module):
         return torch.cat([self.distance(a, b) for a, b in pairs]).mean()
 
 
+class PooledSqueezeNet(nn.Module):
+    """What the convolutional part of SqueezeNet 1.1 makes of slices, averaged over space: features for an FID.
+
+    Slices are scaled to ImageNet's statistics, as the network was trained.
+
+    Args:
+        pretrained: false draws untrained features from a fixed seed: they need no file, and measure less.
+        backbone_path: `squeezenet1_1-b8a52dc0.pth`, as torchvision publishes it.
+
+    Raises:
+        UserError: naming the weight file that is missing or does not fit.
+    """
+
+    features = _TAP_CHANNELS[-1]
+    shift: torch.Tensor
+    scale: torch.Tensor
+
+    def __init__(
+        self, pretrained: bool = True, backbone_path: str | Path = "models/squeezenet1_1-b8a52dc0.pth"
+    ) -> None:
+        super().__init__()
+        self.label = "SqueezeNet 1.1 (ImageNet)" if pretrained else "SqueezeNet 1.1, untrained"
+        self.backbone = _backbone(Path(backbone_path) if pretrained else None)
+        self.register_buffer("shift", torch.tensor(_SHIFT).reshape(1, 3, 1, 1))
+        self.register_buffer("scale", torch.tensor(_SCALE).reshape(1, 3, 1, 1))
+        self.eval().requires_grad_(False)
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # 2.6 times as fast on a CPU
+
+    def forward(self, slices: torch.Tensor, chunk: int = 8) -> torch.Tensor:
+        """Of slices (N, 1, H, W) in [0, 1], on any device: (N, 512), of which `chunk` are computed at a time."""
+        pooled = []
+        for few in slices.split(chunk):
+            # LPIPS's statistics are ImageNet's for images in [-1, 1].
+            scaled = (2 * _large_enough(few.to(self.shift.device)) - 1 - self.shift) / self.scale
+            pooled.append(self.backbone(scaled)[-1].mean((2, 3)))
+        return torch.cat(pooled)
+
+
 def lpips_if_there(
     backbone_path: str, linear_path: str, device: torch.device | str, slice_ratio: float = 0.2
 ) -> PerceptualLoss | None:
@@ -197,6 +221,30 @@ def lpips_if_there(
         logger.warning("LPIPS is left out: %s is missing; %s", missing[0], _FETCH)
         return None
     return PerceptualLoss(True, backbone_path, linear_path, slice_ratio).to(device)
+
+
+def _backbone(path: Path | None) -> SqueezeNetFeatures:
+    """SqueezeNet with the weights of a file; None: untrained ones from a fixed seed, with a warning."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        backbone = SqueezeNetFeatures()
+        for layer in backbone.modules():
+            if isinstance(layer, nn.Conv2d):  # keeps the size of features through the layers
+                nn.init.kaiming_normal_(layer.weight)
+                nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
+    if path is None:
+        logger.warning("perceptual_pretrained is false: untrained features, for tries only")
+        return backbone
+    weights, own = _read(path), backbone.state_dict()
+    check_shapes(weights, {name: tensor.shape for name, tensor in own.items()}, path)
+    backbone.load_state_dict({name: weights[name] for name in own})
+    return backbone
+
+
+def _large_enough(slices: torch.Tensor) -> torch.Tensor:
+    """Slices (N, 1, H, W), their border repeated where they are thinner than SqueezeNet can take."""
+    height, width = (max(_SMALLEST - n, 0) for n in slices.shape[2:])
+    return F.pad(slices, (0, width, 0, height), mode="replicate") if height or width else slices
 
 
 def _slices(volumes: torch.Tensor, axis: int, picks: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -216,7 +264,12 @@ def _read(path: Path) -> Any:
     return read_tensors(path, f"{path}: is damaged or holds more than tensors", "; fetch it again")
 
 
-def _check_shapes(state: Any, shapes: dict[str, torch.Size], path: Path) -> None:
+def check_shapes(state: Any, shapes: dict[str, torch.Size], path: str | Path) -> None:
+    """Whether a file's tensors have these names and shapes; what else it holds does not matter.
+
+    Raises:
+        UserError: naming the first tensor that is missing or of another shape.
+    """
     for name, shape in shapes.items():
         tensor = state.get(name) if isinstance(state, dict) else None
         found = tuple(tensor.shape) if isinstance(tensor, torch.Tensor) else "missing"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +17,6 @@ from scripts.measure.metrics import TISSUES
 Cases = Sequence[Mapping[str, Any]]
 Summary = Mapping[str, Mapping[str, float | int]]
 
-TEMPLATE = "report.html.jinja"
 NONE = "–"
 
 
@@ -117,13 +116,12 @@ def html_report(
         failed: why volumes are missing.
     """
     headline = [metric for metric in _HEADLINE if metric.name in summary]
-    loader = FileSystemLoader(Path(__file__).parent)
-    template = Environment(loader=loader, autoescape=True, undefined=StrictUndefined).get_template(TEMPLATE)
-    return template.render(
+    return rendered(
+        "report.html.jinja",
         cases=[_card(case) for case in sorted(cases, key=lambda case: case["metrics"]["psnr"])],
         headline=[(metric, summary[metric.name]) for metric in headline],
         latents=latents,
-        strips=[_strip(metric, cases) for metric in headline[:2]],
+        strips=[_metric_strip(metric, cases) for metric in headline[:2]],
         tissues=_tissue_bars(summary),
         table=table_of(summary),
         facts=facts,
@@ -132,13 +130,25 @@ def html_report(
     )
 
 
+def rendered(template: str, **content: Any) -> str:
+    """A page out of a template beside this file; texts are escaped, and nothing may be missing."""
+    loader = FileSystemLoader(Path(__file__).parent)
+    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined)
+    return environment.get_template(template).render(**content)
+
+
+def by_axis(numbers: Iterable[float]) -> str:
+    """Three sizes or spacings as a page shows them."""
+    return " × ".join(f"{n:.3g}" for n in numbers)
+
+
 def _card(case: Mapping[str, Any]) -> dict[str, Any]:
     """One case as the page shows it, and by what it can be ordered there."""
     metrics = {metric: value for metric in METRICS if (value := case["metrics"].get(metric.name)) is not None}
     return {
         "name": case["name"],
-        "size": " × ".join(f"{n:.3g}" for n in case["size"]),
-        "spacing": " × ".join(f"{n:.3g}" for n in case["spacing"]),
+        "size": by_axis(case["size"]),
+        "spacing": by_axis(case["spacing"]),
         "planes": case["planes"],
         "chips": [(metric.label, metric.text(value)) for metric, value in metrics.items()],
         "order": {metric.name: metrics[metric] for metric in _ORDERS if metric in metrics},
@@ -155,33 +165,47 @@ class Mark(NamedTuple):
 
 @dataclass(frozen=True)
 class Strip:
-    """A dot a case along one axis, and the published figures as lines."""
+    """A dot a case along one axis, those of other cases in another colour, and published figures as lines."""
 
     title: str
     note: str
     dots: list[Mark]
+    others: list[Mark]
     lines: list[Mark]
     ticks: list[Mark]
 
 
-def _strip(metric: Metric, cases: Cases) -> Strip:
-    values = sorted((case["metrics"][metric.name], case["name"]) for case in cases)
-    published = [(figures[metric.name], name) for name, figures in PUBLISHED.items() if metric.name in figures]
-    least, most = min(values + published)[0], max(values + published)[0]
+Values = Iterable[tuple[float, str]]  # with the names that belong to them
+
+
+def strip(metric: Metric, note: str, dots: Values, others: Values = (), lines: Values = ()) -> Strip:
+    """The values of a metric, of one or two groups of cases and of what is published, on one axis."""
+    dots, others, lines = sorted(dots), sorted(others), list(lines)
+    every = [value for value, _ in (*dots, *others, *lines)]
+    least, most = min(every), max(every)
     margin = 0.06 * (most - least) or 1.0  # where all are the same, they stand in the middle
     low, high = least - margin, most + margin
 
     def mark(value: float, text: str, y: float = 0.0) -> Mark:
         return Mark(20 + 440 * (value - low) / (high - low), y, text)
 
+    def scattered(values: list[tuple[float, str]]) -> list[Mark]:  # so that dots of like values do not hide each other
+        return [mark(v, f"{name}: {metric.text(v)}", 74 + 26 * math.sin(2.4 * i)) for i, (v, name) in enumerate(values)]
+
     return Strip(
         title=f"{metric.label} by volume",
-        note="lines: published for MAISI" if published else "",
-        # Scattered by height, so that dots of like values do not hide each other.
-        dots=[mark(v, f"{name}: {metric.text(v)}", 74 + 26 * math.sin(2.4 * i)) for i, (v, name) in enumerate(values)],
-        lines=[mark(v, f"{name}: {metric.text(v)}") for v, name in published],
+        note=note,
+        dots=scattered(dots),
+        others=scattered(others),
+        lines=[mark(v, f"{name}: {metric.text(v)}") for v, name in lines],
         ticks=[mark(v, f"{v:{metric.style}}") for v in (least, (low + high) / 2, most)],
     )
+
+
+def _metric_strip(metric: Metric, cases: Cases) -> Strip:
+    published = [(figures[metric.name], name) for name, figures in PUBLISHED.items() if metric.name in figures]
+    note = "lines: published for MAISI" if published else ""
+    return strip(metric, note, [(case["metrics"][metric.name], case["name"]) for case in cases], lines=published)
 
 
 def _tissue_bars(summary: Summary) -> list[dict[str, Any]]:
