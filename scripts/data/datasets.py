@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import nibabel as nib
 import numpy as np
@@ -31,10 +32,19 @@ class PatchDataset(Dataset):
         transform: makes the patch of a volume and a random generator.
         store: of the converted volumes; what is missing there is converted on first use.
         seed: of all patches.
+        patch_sizes: that of an epoch, in voxels; None for the transform's own in all.
     """
 
-    def __init__(self, data: Sequence[Mapping[str, str]], transform: RandomPatch, store: Store, seed: int = 0) -> None:
+    def __init__(
+        self,
+        data: Sequence[Mapping[str, str]],
+        transform: RandomPatch,
+        store: Store,
+        seed: int = 0,
+        patch_sizes: Callable[[int], Sequence[int]] | None = None,
+    ) -> None:
         self.data, self.transform, self.store, self.seed = data, transform, store, seed
+        self.patch_sizes = patch_sizes
 
     def __len__(self) -> int:
         return len(self.data)
@@ -63,10 +73,18 @@ class PatchDataset(Dataset):
         epoch, index = key if isinstance(key, tuple) else (1, key)
         entry = self.data[index]
         rng = np.random.default_rng([self.seed, epoch, index])
-        image, error = attempt(entry, lambda: self.transform(self.store.open(entry), rng))
+        transform = self._transform(epoch)
+        image, error = attempt(entry, lambda: transform(self.store.open(entry), rng))
         if image is None:
-            image = torch.full((1, *self.transform.patch_size), torch.nan)
+            image = torch.full((1, *transform.patch_size), torch.nan)
         return {"image": image, "path": entry["image"], "error": error}
+
+    def _transform(self, epoch: int) -> RandomPatch:
+        if self.patch_sizes is None:
+            return self.transform
+        transform = copy.copy(self.transform)
+        transform.patch_size = tuple(self.patch_sizes(epoch))
+        return transform
 
 
 class WholeVolumeDataset(Dataset):
@@ -149,6 +167,20 @@ class StoredVolumes(WholeVolumeDataset):
         return data, volume.affine, volume.intensity
 
 
+class NamedItems(Protocol):
+    """A dataset of items that have names: whole volumes, or what volumes are to be made of.
+
+    Attributes:
+        data: what is known of each before it is read: `name`; and `image`, its file, or what messages call it.
+    """
+
+    data: Sequence[Mapping[str, Any]]
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> dict[str, Any]: ...
+
+
 class VolumeLoader:
     """The volumes of one rank; the next one is read while this one is in use.
 
@@ -165,7 +197,7 @@ class VolumeLoader:
 
     def __init__(
         self,
-        dataset: WholeVolumeDataset,
+        dataset: NamedItems,
         skip: Callable[[str, str], bool] | None = None,
         rank: int = 0,
         num_ranks: int = 1,

@@ -101,8 +101,12 @@ class FastAutoencoderKlMaisi(Reconstructor):
         activation_checkpointing: keep only what enters each block, and compute the block again in the backward pass:
             63 % of the saved activations at 96 voxels (of the whole step's peak less is saved), for an eighth more
             time.
+
+    Attributes:
+        compiled: whether `torch.compile` made one piece of it.
     """
 
+    compiled = False
     replacements = {**Reconstructor.replacements, MaisiResBlock: _ResBlock, MaisiUpsample: _Upsample}
     stack = _Stack
 
@@ -115,8 +119,22 @@ class FastAutoencoderKlMaisi(Reconstructor):
         for part in (self.encoder, self.decoder):
             part.activation_checkpointing = activation_checkpointing  # type: ignore[assignment]
 
+    @property
+    def last_layer(self) -> nn.Parameter:
+        """The weights (1, C, 3, 3, 3) of the decoder's last convolution."""
+        return self.decoder.blocks[-1].conv.conv.weight  # type: ignore[index, union-attr]
+
+    def encoder_parameters(self) -> list[nn.Parameter]:
+        """All that latents depend on."""
+        parts = (self.encoder, self.quant_conv_mu, self.quant_conv_log_sigma)
+        return [parameter for part in parts for parameter in part.parameters()]
+
     def forward(  # type: ignore[override]
-        self, x: torch.Tensor, noise: torch.Tensor | None = None, half: bool = False
+        self,
+        x: torch.Tensor,
+        noise: torch.Tensor | None = None,
+        half: bool = False,
+        encoder_frozen: bool = False,
     ) -> tuple[torch.Tensor, ...]:
         """Reconstruction from a posterior sample, posterior mean and standard deviation.
 
@@ -124,10 +142,15 @@ class FastAutoencoderKlMaisi(Reconstructor):
             x: (B, 1, X, Y, Z) in [0, 1].
             noise: standard normal, in the latents' shape; drawn here where it is None, as MONAI's network does.
             half: give a fourth tensor, what the posterior mean of half the size (averaged) is decoded to.
+            encoder_frozen: encode without a backward pass; the gradients of the encoder's parameters are zeros then.
         """
-        mu, sigma = self.encode(x)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not encoder_frozen):
+            mu, sigma = self.encode(x)
         noise = torch.randn_like(sigma) if noise is None else noise
-        whole = self.decode(mu + sigma * noise), mu, sigma
+        z = mu + sigma * noise
+        if encoder_frozen:  # DistributedDataParallel waits for a gradient of every parameter
+            z = z + 0.0 * sum(p.flatten()[0] for p in self.encoder_parameters())
+        whole = self.decode(z), mu, sigma
         return (*whole, self.decode(F.avg_pool3d(mu, 2))) if half else whole
 
 
@@ -148,4 +171,5 @@ def for_training(
     fast = FastAutoencoderKlMaisi(network, activation_checkpointing=activation_checkpointing).to(device)
     if compile:
         fast.compile()
+        fast.compiled = True
     return fast

@@ -40,13 +40,14 @@ class Place(NamedTuple):
         return " as ".join(under + [f"'{self.prefix}*'"] * bool(self.prefix))
 
 
-def find(content: Any, own: Tensors, path: str | Path) -> Place:
+def find(content: Any, own: Tensors, path: str | Path, definition: str = "autoencoder_def") -> Place:
     """The place in a file that fits a network, whatever keys, prefixes and wrappers lead there.
 
     Args:
         content: of the file: dictionaries of dictionaries of tensors.
         own: the network's state dict.
         path: of the file, for what errors say.
+        definition: the config's key of the network, likewise.
 
     Returns:
         the place, its tensors in the network's data types; the plainest, where several have the same ones.
@@ -57,10 +58,10 @@ def find(content: Any, own: Tensors, path: str | Path) -> Place:
     """
     places = sorted(_places(content, own), key=lambda p: (-len(p.tensors.keys() & own.keys()), len(p.keys), p.prefix))
     if not places:
-        raise UserError(f"{path}: {_described(content)}")
-    fitting = [place for place in places if not _misfit(place.tensors, own)]
+        raise UserError(f"{path}: {_described(content, definition)}")
+    fitting = [place for place in places if not _misfit(place.tensors, own, definition)]
     if not fitting:
-        raise UserError(f"{_told(path, places[0])}: {_misfit(places[0].tensors, own)}")
+        raise UserError(f"{_told(path, places[0])}: {_misfit(places[0].tensors, own, definition)}")
     first, *others = (p._replace(tensors={n: t.to(own[n].dtype) for n, t in p.tensors.items()}) for p in fitting)
     different = [str(p) for p in others if not all(torch.equal(t, p.tensors[n]) for n, t in first.tensors.items())]
     if different and not first.plain:
@@ -104,25 +105,25 @@ def _state_dicts(content: Any, keys: tuple[str, ...] = ()) -> Iterator[tuple[tup
         yield from _state_dicts(value, (*keys, str(key)))
 
 
-def _misfit(tensors: Tensors, own: Tensors) -> str:
+def _misfit(tensors: Tensors, own: Tensors, definition: str) -> str:
     """The first parameter that is missing, unknown, or of another shape or kind of number; empty where all fit."""
     for name, tensor in own.items():
         theirs = tensors.get(name, tensor)
         if theirs.shape != tensor.shape:
             return (
                 f"{name} is {tuple(theirs.shape)}, but the network's is {tuple(tensor.shape)}; use weights of this "
-                "architecture, or the network definition of these weights (autoencoder_def)"
+                f"architecture, or the network definition of these weights ({definition})"
             )
         if theirs.is_floating_point() != tensor.is_floating_point():
             return f"{name} is {theirs.dtype}, but the network's is {tensor.dtype}; save weights that are not quantised"
     missing, unknown = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
     if missing or unknown:
         what = f"lacks {missing[0]}" if missing else f"has {unknown[0]}, which the network lacks"
-        return f"{what} (weights of another architecture); correct the path or autoencoder_def"
+        return f"{what} (weights of another architecture); correct the path or {definition}"
     return ""
 
 
-def _described(content: Any) -> str:
+def _described(content: Any, definition: str) -> str:
     """What a file holds that has none of a network's names."""
     keys, tensors = max(_state_dicts(content), key=lambda found: len(found[1]), default=((), {}))
     if not tensors:
@@ -130,5 +131,5 @@ def _described(content: Any) -> str:
     where = "" if not keys else f", {Place(keys, '', tensors)}"
     return (
         f"holds {len(tensors)} tensors named like {next(iter(tensors))!r}{where} (weights of another architecture); "
-        "correct the path or autoencoder_def"
+        f"correct the path or {definition}"
     )

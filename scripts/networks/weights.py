@@ -20,11 +20,17 @@ from scripts.networks.state_dicts import find
 logger = logging.getLogger(__name__)
 
 AUTOENCODER, BEST, RELEASED = "autoencoder.pt", "autoencoder_best_epoch{}.pt", "model.pt"
+_REMEDY, _DEFINITION = "correct trained_autoencoder_path, or set finetune to false in a training", "autoencoder_def"
 
 
 def save_weights(network: nn.Module, path: str | Path) -> None:
     """Write a plain float32 state dict, which MONAI's own network loads with `strict=True`; never half a file."""
-    write_tensors({name: tensor.detach().float().cpu() for name, tensor in network.state_dict().items()}, path)
+    write_tensors(plain_state(network), path)
+
+
+def plain_state(network: nn.Module) -> dict[str, torch.Tensor]:
+    """A network's state dict, float32 on the CPU."""
+    return {name: tensor.detach().float().cpu() for name, tensor in network.state_dict().items()}
 
 
 def write_tensors(content: dict[str, Any], path: str | Path) -> None:
@@ -52,8 +58,16 @@ def read_tensors(file: str | Path | BytesIO, refusal: str, remedy: str = "") -> 
         raise UserError(f"{refusal} ({reason(error)}){remedy}") from error
 
 
-def read_weights(network: nn.Module, path: str | Path) -> dict[str, torch.Tensor]:
+def read_weights(
+    network: nn.Module, path: str | Path, remedy: str = _REMEDY, definition: str = _DEFINITION
+) -> dict[str, torch.Tensor]:
     """A network's state dict out of a weights file: plain, nested or prefixed, as trainers save it.
+
+    Args:
+        network: whose weights are wanted; stays as it is.
+        path: of the file.
+        remedy: what the error says where there is no such file.
+        definition: the config's key of the network, which errors name.
 
     Returns:
         what `network.load_state_dict` takes, in the network's data types, on the CPU.
@@ -62,27 +76,46 @@ def read_weights(network: nn.Module, path: str | Path) -> dict[str, torch.Tensor
         UserError: where the file is missing, damaged or holds anything but tensors; where it holds no such weights,
             naming the first parameter that is missing, unknown or of another shape; where they are not finite.
     """
-    return _state(network, _content(path), path)
+    return _state(network, _everything(_bytes(path, remedy), path), path, definition)
 
 
-def _content(path: str | Path) -> bytes:
+def _bytes(path: str | Path, remedy: str) -> bytes:
     if not Path(path).is_file():
-        raise UserError(
-            f"{path}: no such weights file; correct trained_autoencoder_path, or set finetune to false in a training"
-        )
+        raise UserError(f"{path}: no such weights file; {remedy}")
     return Path(path).read_bytes()
 
 
-def _state(network: nn.Module, content: bytes, path: str | Path) -> dict[str, torch.Tensor]:
-    everything = read_tensors(BytesIO(content), f"{path}: is damaged or holds more than tensors, so it is not loaded")
-    place = find(everything, network.state_dict(), path)
+def _everything(content: bytes, path: str | Path) -> Any:
+    return read_tensors(BytesIO(content), f"{path}: is damaged or holds more than tensors, so it is not loaded")
+
+
+def _state(network: nn.Module, everything: Any, path: str | Path, definition: str) -> dict[str, torch.Tensor]:
+    place = find(everything, network.state_dict(), path, definition)
     if not place.plain:
         logger.info("%s: the weights are %s", path, place)
     return dict(place.tensors)
 
 
+def load_file(
+    network: nn.Module, path: str | Path, remedy: str = _REMEDY, definition: str = _DEFINITION
+) -> tuple[Any, str]:
+    """Load weights, strictly; the file is read once, since a training may replace it. See `read_weights`.
+
+    Returns:
+        all that the file holds, on the CPU, and its SHA-256, hexadecimal.
+
+    Raises:
+        UserError: as of `read_weights`.
+    """
+    content = _bytes(path, remedy)
+    everything = _everything(content, path)
+    network.load_state_dict(_state(network, everything, path, definition))
+    logger.info("weights loaded from %s", path)
+    return everything, hashlib.sha256(content).hexdigest()
+
+
 def load_weights(network: nn.Module, path: str | Path) -> str:
-    """Load weights, strictly; the file is read once, since a training may replace it.
+    """Load an autoencoder's weights, strictly.
 
     Returns:
         the file's SHA-256, hexadecimal.
@@ -90,10 +123,7 @@ def load_weights(network: nn.Module, path: str | Path) -> str:
     Raises:
         UserError: as of `read_weights`.
     """
-    content = _content(path)
-    network.load_state_dict(_state(network, content, path))
-    logger.info("weights loaded from %s", path)
-    return hashlib.sha256(content).hexdigest()
+    return load_file(network, path)[1]
 
 
 class Weights:

@@ -21,7 +21,7 @@ from scripts.common.ranks import gather
 from scripts.networks.weights import load_weights
 from scripts.training.average import AveragedNetwork
 from scripts.training.engine import TrainingEngine
-from scripts.training.model_folder import ModelFolder
+from scripts.training.model_folder import CHECKPOINT, ModelFolder
 from scripts.training.schedule import hyperparameters
 
 logger = logging.getLogger(__name__)
@@ -125,7 +125,7 @@ class Checkpointing:
         epoch = engine.state.epoch
         best = engine.progress.best(engine.best_by) if engine.best_by else None
         if self.is_main and self._finite():
-            self.folder.save(engine.results(), self._content(), epoch, best is not None and best["epoch"] == epoch)
+            self.folder.save(engine.contents(), self._content(), epoch, best is not None and best["epoch"] == epoch)
             self.saved = time.monotonic()
         self._stop_if_asked(engine)
 
@@ -242,6 +242,7 @@ def attach_checkpointing(
     finetune: bool = False,
     start_weights: Mapping[str, str | None] | None = None,
     is_main: bool = True,
+    checkpoint: str = CHECKPOINT,
 ) -> None:
     """Start or resume `trainer` and save it from now on; see `ModelFolder` and `Checkpointing`.
 
@@ -257,12 +258,13 @@ def attach_checkpointing(
         finetune: begin from `start_weights`.
         start_weights: a file for each network that does not begin from scratch.
         is_main: whether this process writes.
+        checkpoint: the name of its file.
 
     Raises:
         UserError: where another training writes there; and as `Checkpointing.start` does.
     """
     given = {name: str(path) for name, path in (start_weights or {}).items()} if finetune else {}
-    folder = ModelFolder(model_dir, weights, tuple(str(Path(path).resolve()) for path in given.values()))
+    folder = ModelFolder(model_dir, weights, tuple(str(Path(path).resolve()) for path in given.values()), checkpoint)
     checkpointing = Checkpointing(trainer, folder, state, settings, is_main)
     with ExitStack() as closing:
         if is_main:

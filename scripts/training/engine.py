@@ -25,6 +25,7 @@ from scripts.common.errors import UserError
 from scripts.common.memory import memory_advice
 from scripts.common.precision import amp_dtype, autocast
 from scripts.common.ranks import mean
+from scripts.networks.weights import plain_state
 from scripts.training.average import AveragedNetwork
 from scripts.training.schedule import advance
 from scripts.training.signals import STATUS, StopSignal
@@ -130,16 +131,19 @@ class TrainingEngine(Trainer):
         """
         raise NotImplementedError
 
-    def update(self, name: str, loss: torch.Tensor) -> None:
+    def update(self, name: str, loss: torch.Tensor, frozen: Iterable[nn.Parameter] = ()) -> None:
         """Backward, clipping, and a step of the optimizer `name`, unless loss or gradients are not finite.
 
         That is decided on the device, so that nothing waits, if the optimizer is `fused`. Where a loss is not finite,
         all its gradients become NaN, so that every rank sees it in what is averaged, and none steps. The norm of the
-        gradients, before any clipping, is logged as `grad_norm`, or `grad_norm_<something>`.
+        gradients, before any clipping, is logged as `grad_norm`, or `grad_norm_<something>`. What is `frozen` only
+        takes part in the backward pass: neither it nor its optimizer's state changes.
         """
         optimizer, scaler = self.optimizers[name], self.scalers[name]
         poisoned = loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan)
         scaler.scale(poisoned).backward()
+        for parameter in frozen:
+            parameter.grad = None
         scaler.unscale_(optimizer)
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         norm = get_total_norm([p.grad for p in parameters])
@@ -158,9 +162,15 @@ class TrainingEngine(Trainer):
         """For what `step` computes in the type that `amp` asks for."""
         return autocast(self.state.device, self.dtype)
 
-    def seeds(self, samples: int, streams: int = 1) -> np.ndarray:
-        """Seeds (samples, streams) of this step; the same however samples are spread over batches and ranks."""
-        first = self.state.rank * samples
+    def seeds(self, samples: int, streams: int = 1, rank: int | None = None) -> np.ndarray:
+        """Seeds (samples, streams) of this step; the same however samples are spread over batches and ranks.
+
+        Args:
+            samples: of a rank's batch.
+            streams: seeds for each sample.
+            rank: whose samples; None for this one's.
+        """
+        first = (self.state.rank if rank is None else rank) * samples
         places = range(first, first + samples)
         sequences = [np.random.SeedSequence([self.seed, self.state.iteration, place]) for place in places]
         return np.stack([sequence.generate_state(streams) for sequence in sequences])
@@ -197,6 +207,15 @@ class TrainingEngine(Trainer):
     def results(self) -> dict[str, nn.Module]:
         """The networks as they are to be used, by name: averaged where there is an average."""
         return self.bare | {name: average.network for name, average in self.averages.items()}
+
+    def contents(self) -> dict[str, dict[str, Any]]:
+        """What a weights file of each network holds, by name: a plain state dict, unless a training says more."""
+        return {name: plain_state(network) for name, network in self.results().items()}
+
+    @property
+    def weights(self) -> Mapping[str, float]:
+        """Of the terms of what is minimised at the present step, by their names; for the log."""
+        return {}
 
     @property
     def share(self) -> float:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
+from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -21,6 +24,8 @@ from scripts.training.tensorboard_log import TensorBoardLog
 logger = logging.getLogger(__name__)
 
 REPORT_SECONDS = 1.0  # losses are read from the device no more often than this
+JUMP = 10.0  # a loss this many times its running median is far from it
+MEDIAN_STEPS = (20, 100)  # a running median is that of at least so many steps, and of the last so many
 
 
 class Validate(ValidationHandler):
@@ -82,7 +87,9 @@ class Validate(ValidationHandler):
 class TrainingLog:
     """Bar, log line and TensorBoard tags `train_iter/*` (step: iteration) and `train_epoch/*` (step: epoch).
 
-    Losses stay on the device until they are shown, at most once a second, so that no iteration waits for them.
+    Losses stay on the device until they are shown, at most once a second, so that no iteration waits for them. After an
+    epoch a log line and `train_epoch/share_<name>` tell which share each weighted term had in what is minimised (see
+    `TrainingEngine.weights`). A shown loss that jumps far from its running median is warned of, once an epoch.
 
     Args:
         log: where the tags go.
@@ -90,8 +97,6 @@ class TrainingLog:
         shown: the losses in bar and log line; TensorBoard gets all.
         batch_size: of one iteration over all ranks.
         samples: what a batch is made of, for `train_epoch/<samples>_per_second`.
-        weights: of the terms of what is minimised, by their names: which share each has of the sum is told after an
-            epoch, in a log line and as `train_epoch/share_<name>`.
     """
 
     def __init__(
@@ -101,11 +106,12 @@ class TrainingLog:
         shown: Sequence[str],
         batch_size: int = 1,
         samples: str = "samples",
-        weights: Mapping[str, float] | None = None,
     ) -> None:
         self.log, self.optimizer, self.shown, self.batch_size = log, optimizer, shown, batch_size
-        self.samples, self.weights = samples, dict(weights or {})
+        self.samples = samples
         self.bar: tqdm | None = None
+        self.recent = {name: deque[float](maxlen=MEDIAN_STEPS[1]) for name in shown}
+        self.warned = 0  # the last epoch that had a warning
 
     def attach(self, engine: Any) -> None:
         """Show `engine`."""
@@ -136,11 +142,27 @@ class TrainingLog:
             self._show(engine)
 
     def _show(self, engine: Any) -> None:
-        last = self.log.flush()
+        steps = [(step, names, losses) for step, _, names, losses in self.log.pending]
+        last = self.log.flush()  # waits for the device; what reads from there afterwards does not
+        for step, names, losses in steps:
+            self._watch(engine.state.epoch, step, dict(zip(names, losses.tolist(), strict=True)))
         self.shown_at = time.perf_counter()
         if self.bar is not None and last:
             self.bar.set_postfix({name: f"{last[name]:.3g}" for name in self.shown if name in last}, refresh=False)
             self.bar.update(engine.state.iteration - (engine.state.epoch - 1) * engine.state.epoch_length - self.bar.n)
+
+    def _watch(self, epoch: int, step: int, losses: Mapping[str, float]) -> None:
+        """Warn of a jump, unless this epoch had a warning."""
+        for name, recent in self.recent.items():
+            value = losses.get(name, math.nan)
+            if not math.isfinite(value):  # not in this step, or named by the guard
+                continue
+            usual = median(recent) if len(recent) >= MEDIAN_STEPS[0] else math.inf
+            if value > JUMP * usual and self.warned != epoch:
+                self.warned = epoch
+                text = "step %d: %s is %.4g, more than %.0f times its median over the last %d steps, %.4g"
+                logger.warning(text, step, name, value, JUMP, len(recent), usual)
+            recent.append(value)
 
     def _epoch_completed(self, engine: Any) -> None:
         self._show(engine)
@@ -157,19 +179,13 @@ class TrainingLog:
             means |= {"data_wait_share": wait, f"{self.samples}_per_second": speed}
             remaining = seconds / steps * state.epoch_length * (state.max_epochs - state.epoch)
             left = f"  {speed:.2f} {self.samples}/s  data wait {wait:.0%}  left {tqdm.format_interval(remaining)}"
-        shares = self._shares(means)
+        shares = _shares(engine.weights, means)
         self.log.write_scalars("train_epoch", means | {f"share_{n}": s for n, s in shares.items()}, state.epoch)
         rate = f"  lr {means['learning_rate']:.1e}"
         logger.info("epoch %d/%d: %s%s%s", state.epoch, state.max_epochs, text, rate, left)
         if shares:
             terms = ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
             logger.info("epoch %d/%d: of what is minimised, %s", state.epoch, state.max_epochs, terms)
-
-    def _shares(self, means: Mapping[str, float]) -> dict[str, float]:
-        """Of the weighted terms that the epoch had, in their sum."""
-        terms = {name: weight * means[name] for name, weight in self.weights.items() if weight and name in means}
-        total = sum(terms.values())
-        return {name: term / total for name, term in terms.items()} if total else {}
 
     def _end(self, engine: Any) -> None:
         self._show(engine)
@@ -180,6 +196,13 @@ class TrainingLog:
     def _failed(self, engine: Any, error: BaseException) -> None:
         self._end(engine)  # what led to it is to be seen
         raise error
+
+
+def _shares(weights: Mapping[str, float], means: Mapping[str, float]) -> dict[str, float]:
+    """Of the weighted terms that an epoch had, in their sum."""
+    terms = {name: weight * means[name] for name, weight in weights.items() if weight and name in means}
+    total = sum(terms.values())
+    return {name: term / total for name, term in terms.items()} if total else {}
 
 
 class ValidationLog:

@@ -51,6 +51,18 @@ AUTOENCODER_TRAIN = {
     "n_epochs": COUNT,
 }
 
+DIFFUSION_UNET_TRAIN = {"batch_size": COUNT, "cache_rate": ANY, "lr": RATE, "n_epochs": COUNT}
+DIFFUSION_UNET_INFERENCE = {
+    "dim": ANY,
+    "spacing": ANY,
+    "top_region_index": ANY,
+    "bottom_region_index": ANY,
+    "random_seed": ANY,
+    "num_inference_steps": COUNT,
+    "modality": ANY,
+    "cfg_guidance_scale": WEIGHT,
+}
+
 
 def check_group(group: str, knobs: Mapping[str, Any], rules: Mapping[str, Rule]) -> None:
     """Names, types and ranges of one group.
@@ -90,3 +102,17 @@ def check_knobs(data_option: Mapping[str, Any], autoencoder_train: Mapping[str, 
             f"autoencoder_train#val_batch_size is {autoencoder_train['val_batch_size']}, but whole volumes differ in "
             "size; use 1, or set val_patch_size"
         )
+
+
+def check_diffusion(diffusion_unet_train: Mapping[str, Any], diffusion_unet_inference: Mapping[str, Any]) -> None:
+    """The two groups of the training file of latent diffusion.
+
+    Args:
+        diffusion_unet_train: the group of that name.
+        diffusion_unet_inference: the group of that name.
+
+    Raises:
+        UserError: naming the knob, its value and what it should be.
+    """
+    check_group("diffusion_unet_train", diffusion_unet_train, DIFFUSION_UNET_TRAIN)
+    check_group("diffusion_unet_inference", diffusion_unet_inference, DIFFUSION_UNET_INFERENCE)

@@ -55,6 +55,14 @@ class VaeLoss(nn.Module):
         self.perceptual, self.recon_loss = perceptual, known[recon_loss]
         self.kl_weight, self.perceptual_weight = kl_weight, perceptual_weight
 
+    def weights(self, kl_scale: float = 1.0) -> dict[str, float]:
+        """Of the terms in the sum, by their names; `kl_scale` is a factor on that of the KL divergence."""
+        return {
+            "recons_loss": 1.0,
+            "kl_loss": self.kl_weight * kl_scale,
+            "p_loss": self.perceptual_weight,
+        }
+
     def forward(
         self,
         reconstruction: torch.Tensor,
@@ -62,6 +70,7 @@ class VaeLoss(nn.Module):
         mu: torch.Tensor,
         sigma: torch.Tensor,
         generators: Sequence[torch.Generator] | None = None,
+        kl_scale: float = 1.0,
     ) -> dict[str, torch.Tensor]:
         """`loss`, the weighted sum, and its terms `recons_loss`, `kl_loss`, `p_loss`, unweighted.
 
@@ -71,6 +80,7 @@ class VaeLoss(nn.Module):
             mu: (B, C, X/4, Y/4, Z/4) posterior mean.
             sigma: posterior standard deviation.
             generators: choose the slices of the perceptual term, one for each sample.
+            kl_scale: of `weights`.
         """
         arguments = (generators,) if generators else ()  # MONAI's PerceptualLoss takes none
         losses = {
@@ -78,5 +88,6 @@ class VaeLoss(nn.Module):
             "kl_loss": kl_loss(mu, sigma),
             "p_loss": self.perceptual(reconstruction.float(), target, *arguments),
         }
-        weighted = self.kl_weight * losses["kl_loss"] + self.perceptual_weight * losses["p_loss"]
+        weights = self.weights(kl_scale)
+        weighted = weights["kl_loss"] * losses["kl_loss"] + weights["p_loss"] * losses["p_loss"]
         return {"loss": losses["recons_loss"] + weighted, **losses}

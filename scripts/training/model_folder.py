@@ -9,10 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from scripts.common.errors import UserError
-from scripts.networks.weights import save_weights, write_tensors
+from scripts.networks.weights import write_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -29,11 +27,18 @@ class ModelFolder:
         weights: which network a file holds, by its name; a name with `{}` in it, for the number of the epoch, is that
             of the best weights, any other that of the newest.
         protected: files that are never removed: the weights that the training starts from.
+        checkpoint: the name of its file; trainings of one folder have different ones.
     """
 
-    def __init__(self, path: str | Path, weights: Mapping[str, str], protected: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        weights: Mapping[str, str],
+        protected: tuple[str, ...] = (),
+        checkpoint: str = CHECKPOINT,
+    ) -> None:
         self.path, self.weights, self.protected = Path(path), dict(weights), protected
-        self.checkpoint = self.path / CHECKPOINT
+        self.checkpoint = self.path / checkpoint
         self.is_new = False  # nothing of this training is here; until it is, files of an earlier one stay
         self._newest = [name for name in self.weights if "{}" not in name]
         self._best = [name for name in self.weights if "{}" in name]
@@ -51,13 +56,22 @@ class ModelFolder:
             )
         self.is_new = True
 
-    def save(self, networks: Mapping[str, nn.Module], checkpoint: Mapping[str, Any], epoch: int, best: bool) -> None:
-        """Write the weights of an epoch, then the checkpoint, and drop what was the best before, if `best`."""
+    def save(
+        self, contents: Mapping[str, dict[str, Any]], checkpoint: Mapping[str, Any], epoch: int, best: bool
+    ) -> None:
+        """Write the weights of an epoch, then the checkpoint, and drop what was the best before, if `best`.
+
+        Args:
+            contents: of the weights files, by the names of the networks.
+            checkpoint: its content.
+            epoch: that has ended.
+            best: whether its validation was the best so far.
+        """
         self._set_aside()
         for name in self._newest:
-            save_weights(networks[self.weights[name]], self.path / name)
+            write_tensors(contents[self.weights[name]], self.path / name)
         for name in self._best if best else ():
-            save_weights(networks[self.weights[name]], self.path / name.format(epoch))
+            write_tensors(contents[self.weights[name]], self.path / name.format(epoch))
         self.save_checkpoint(checkpoint)
         for name in self._best if best else ():
             for other in self.path.glob(name.format("*")):
@@ -77,7 +91,7 @@ class ModelFolder:
         if not self.is_new:
             return
         self.is_new = False
-        kept = [file for name in (CHECKPOINT, *self._newest) if (file := self.path / name).exists()]
+        kept = [file for name in (self.checkpoint.name, *self._newest) if (file := self.path / name).exists()]
         gone = [file for name in self._best for file in self.path.glob(name.format("*"))]
         if not kept and not gone:
             return

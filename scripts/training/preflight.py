@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,15 @@ from torch import nn
 from scripts.common.errors import UserError
 from scripts.data.datalist import shared_volumes
 from scripts.data.examine import check_headers
-from scripts.data.store import Store
+from scripts.data.store import ArrayStore
 from scripts.networks.weights import read_weights
 from scripts.training.engine import TrainingEngine
+from scripts.training.model_folder import CHECKPOINT
 
 
-def check_start(network: nn.Module, finetune: bool, key: str, path: str | None) -> None:
+def check_start(
+    network: nn.Module, finetune: bool, key: str, path: str | None, definition: str
+) -> None:
     """Whether the weights to fine-tune from are given, readable and of this architecture.
 
     Args:
@@ -28,6 +31,7 @@ def check_start(network: nn.Module, finetune: bool, key: str, path: str | None) 
         finetune: whether it does.
         key: of the configuration, where the path stands.
         path: of the weights.
+        definition: the config's key of the network.
 
     Raises:
         UserError: where they are not.
@@ -37,20 +41,30 @@ def check_start(network: nn.Module, finetune: bool, key: str, path: str | None) 
             f"finetune is true, but {key} is {path}; give the weights to start from, or set finetune to false"
         )
     if finetune:
-        read_weights(network, str(path))
+        read_weights(network, str(path), f"correct {key}, or start from scratch", definition)
 
 
 def convert_data(
-    splits: Mapping[str, Sequence[Mapping[str, str]]],
-    store: Store,
+    splits: Mapping[str, Sequence[Mapping[str, Any]]],
+    store: ArrayStore,
     num_workers: int,
     rank: int = 0,
     num_ranks: int = 1,
+    check: Callable[[Sequence[Mapping[str, Any]]], object] = check_headers,
 ) -> None:
-    """Check the headers of all volumes, then convert what is missing, each of `num_ranks` its share."""
+    """Check all volumes or latents by what their headers say, then convert what is missing.
+
+    Args:
+        splits: datalist entries, by the names of their lists.
+        store: where conversions go.
+        num_workers: processes of this rank.
+        rank: of this process.
+        num_ranks: among which the conversions are shared.
+        check: called with all entries, on rank 0, before anything is converted.
+    """
     entries = [entry for split in splits.values() for entry in split]
     if rank == 0:
-        check_headers(entries)
+        check(entries)
         for sentence in shared_volumes({name: [dict(e) for e in split] for name, split in splits.items()}):
             print(f"warning: {sentence}; what is measured on it is too good", file=sys.stderr)
     idist.barrier()
@@ -58,13 +72,16 @@ def convert_data(
     idist.barrier()
 
 
-def check_disk(trainer: TrainingEngine, model_dir: str, weights: Mapping[str, str]) -> float:
+def check_disk(
+    trainer: TrainingEngine, model_dir: str, weights: Mapping[str, str], checkpoint: str = CHECKPOINT
+) -> float:
     """Whether weights and checkpoint fit on the disk, once more than they are there already.
 
     Args:
         trainer: whose they are.
         model_dir: folder of both.
         weights: which network each weights file holds.
+        checkpoint: its name.
 
     Returns:
         what they take there, in GB.
@@ -74,10 +91,11 @@ def check_disk(trainer: TrainingEngine, model_dir: str, weights: Mapping[str, st
     """
     sizes = {name: 4 * sum(p.numel() for p in network.parameters()) for name, network in trainer.bare.items()}
     # Adam holds two more values for each weight, an average one.
-    checkpoint = 3 * sum(sizes.values()) + sum(sizes[name] for name, a in trainer.averages.items() if a.decay)
-    total = sum(sizes[name] for name in weights.values()) + checkpoint
-    there = sum(f.stat().st_size for f in Path(model_dir).glob("*.pt"))
-    need, free = max(total - there, 0) + checkpoint, shutil.disk_usage(model_dir).free
+    whole = 3 * sum(sizes.values()) + sum(sizes[name] for name, a in trainer.averages.items() if a.decay)
+    total = sum(sizes[name] for name in weights.values()) + whole
+    names = [checkpoint, *(name.format("*") for name in weights)]
+    there = sum(file.stat().st_size for name in names for file in Path(model_dir).glob(name))
+    need, free = max(total - there, 0) + whole, shutil.disk_usage(model_dir).free
     if need > free:
         raise UserError(
             f"{model_dir}: weights and checkpoint need {need / 1e9:.3f} GB, but {free / 1e9:.3f} GB is free; free "
@@ -90,19 +108,25 @@ def print_table(
     trainer: TrainingEngine,
     model_dir: str,
     weights: Mapping[str, str],
-    patch_size: Sequence[int],
+    sample: str,
+    voxels: float,
     validator: Any = None,
     num_ranks: int = 1,
+    rows: Mapping[str, str] | None = None,
+    checkpoint: str = CHECKPOINT,
 ) -> None:
-    """What will run: volumes, steps, parameters, precision, devices, disk, and what a validation costs.
+    """What will run: samples, steps, parameters, precision, devices, disk, and what a validation costs.
 
     Args:
         trainer: that will run.
         model_dir: folder of weights and checkpoint.
         weights: which network each weights file holds.
-        patch_size: voxels of a sample along its axes.
+        sample: what one is, for the row about batches.
+        voxels: of a sample.
         validator: has `cost_rows`, which takes the voxels of a step and gives further rows; may be left out.
         num_ranks: how many processes share a step.
+        rows: further ones, after that of the samples.
+        checkpoint: the name of its file.
     """
     loader: Any = trainer.data_loader
     batch = f"batch {loader.batch_size}" + (f" on each of {num_ranks} ranks" if num_ranks > 1 else "")
@@ -110,15 +134,15 @@ def print_table(
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     parameters = {n: sum(p.numel() for p in net.parameters()) / 1e6 for n, net in trainer.bare.items()}
     validated = "" if validator is None else f", {len(validator.data_loader.dataset)} to validate"
-    rows = {
+    table = {
         "volumes": f"{len(loader.dataset)} to train{validated}",
+        **(rows or {}),
         "epochs": f"{trainer.state.max_epochs} of {trainer.state.epoch_length} steps",
-        "patch": f"{' x '.join(map(str, patch_size))}, {batch}",
+        "sample": f"{sample}, {batch}",
         "parameters": ", ".join(f"{n} {count:.2f} M" for n, count in parameters.items()),
         "computed in": f"{str(trainer.dtype).removeprefix('torch.')} on {name}",
-        "disk": f"{check_disk(trainer, model_dir, weights):.2f} GB for weights and checkpoint in {model_dir}",
+        "disk": f"{check_disk(trainer, model_dir, weights, checkpoint):.2f} GB for weights and checkpoint in {model_dir}",
     }
     if validator is not None:
-        voxels = float(torch.tensor(patch_size).prod()) * loader.batch_size * num_ranks
-        rows |= validator.cost_rows(voxels)
-    print("\n".join(f"{key:<14}{text}" for key, text in rows.items()), flush=True)
+        table |= validator.cost_rows(voxels * loader.batch_size * num_ranks)
+    print("\n".join(f"{key:<14}{text}" for key, text in table.items()), flush=True)

@@ -1,7 +1,8 @@
-"""Learning rates over the course of a training."""
+"""Learning rates and patch sizes over the course of a training."""
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -38,6 +39,49 @@ class LearningRate:
     def __call__(self, epoch: int) -> float:
         warmup = next((factor for until, factor in self.steps if epoch < until), 1.0)
         return warmup * (min(1.0, (self.max_epochs - epoch) / self.decay) if self.decay else 1.0)
+
+
+class PatchCurriculum:
+    """Patch size of an epoch (from 1): small ones first, of which a training sees more in the same time.
+
+    Args:
+        stages: of `[until, [x, y, z]]`, shares of the training ascending: patches of that size in the epochs that begin
+            before that share of them is done; None for one size.
+        patch_size: after the stages, in voxels.
+        max_epochs: of the training.
+
+    Raises:
+        UserError: unless stages are such pairs, their shares ascending. Sizes are checked by `check_patches`.
+    """
+
+    def __init__(self, stages: Sequence[Any] | None, patch_size: Sequence[int], max_epochs: int) -> None:
+        self.stages = [] if stages is None else stages
+        pairs = isinstance(self.stages, (list, tuple)) and all(
+            isinstance(stage, (list, tuple)) and len(stage) == 2 for stage in self.stages
+        )
+        if not pairs:
+            raise UserError(
+                f"patch_curriculum is {stages!r}; use pairs of a share and a size, e.g. [[0.5, [64, 64, 64]]]"
+            )
+        shares = [until for until, _ in self.stages]
+        for until in shares:
+            check_share("patch_curriculum", until)
+        if shares != sorted(set(shares)):
+            raise UserError(f"patch_curriculum has the shares {shares}, which must ascend; put them in order")
+        self.patch_size, self.max_epochs = patch_size, max_epochs
+
+    def __call__(self, epoch: int) -> Sequence[int]:
+        done = (epoch - 1) / self.max_epochs
+        return next((size for until, size in self.stages if done < until), self.patch_size)
+
+    def sizes(self) -> list[tuple[str, Sequence[int]]]:
+        """All of the training, each with the knob that it comes from."""
+        early = [("patch_curriculum", size) for _, size in self.stages]
+        return [*early, ("autoencoder_train#patch_size", self.patch_size)]
+
+    def shrinkage(self, epoch: int) -> float:
+        """Voxels of a patch of `patch_size` over those of a patch of the epoch."""
+        return math.prod(self.patch_size) / math.prod(self(epoch))
 
 
 def check_share(name: str, value: object) -> None:

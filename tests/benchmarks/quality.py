@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import itertools
 import json
 import logging
 import math
@@ -39,23 +40,33 @@ from scripts.measure.latents import LatentHealth
 from scripts.measure.metrics import reconstruction_metrics, tissue_errors
 from scripts.networks.lpips import PerceptualLoss
 from scripts.networks.windows import VolumeInferer, joined
+from scripts.training.vae import LEAD
 from tests.benchmarks.data import stock_transforms
 from tests.benchmarks.step import StockLoop
 from tests.benchmarks.table import print_table
 
 REFERENCE = json.loads(Path("configs/reference_recipe.json").read_text())
-VARIANTS: dict[str, dict[str, Any]] = {
-    "default": {},
-    "reference": REFERENCE,
-    "no decay": {"lr_decay": 0},
-    "no average": {"ema_decay": 0},
-    "discriminator from the start": {"discriminator_start": 0},
-    "no discriminator": {"discriminator_start": 1},
-    "no scale equivariance": {"scale_equivariance": 0},
-}
 NOISE = (0.1, 0.2, 0.3)  # of the latents' standard deviation
 TIMED = 12  # steps, after as many that warm up
 SHOWN = {"psnr": ".2f", "ssim": ".3f", "lpips": ".3f", "mae_hu": ".1f"}
+
+
+def variants(patch: int) -> dict[str, dict[str, Any]]:
+    """By their names, for patches of that size; those of a curriculum begin at two thirds of it, and at 32 at least."""
+    small = max(patch * 2 // 3 // 4 * 4, 32)
+    curriculum, finish = {"patch_curriculum": [[0.5, [small] * 3]]}, {"decoder_finish": 0.15}
+    return {
+        "default": {},
+        "reference": REFERENCE,
+        "no decay": {"lr_decay": 0},
+        "no average": {"ema_decay": 0},
+        "discriminator from the start": {"discriminator_start": 0},
+        "no discriminator": {"discriminator_start": 1},
+        "no scale equivariance": {"scale_equivariance": 0},
+        "curriculum": curriculum,
+        "finish": finish,
+        "both": curriculum | finish,
+    }
 
 
 def options(arguments: argparse.Namespace, folder: Path, seed: int, epochs: int) -> dict[str, Any]:
@@ -172,32 +183,40 @@ def train(name: str, arguments: argparse.Namespace, entries: Sequence[Mapping[st
         over = {True: lambda step: time.perf_counter() - started >= arguments.seconds,
                 False: lambda step: step >= arguments.steps}[arguments.seconds is not None]  # fmt: skip
         return stock.network, stock.run(over), time.perf_counter() - started
-    steps = arguments.steps
+    steps, variant = arguments.steps, variants(arguments.patch)[name]
     if arguments.seconds is not None:
-        steps = int(arguments.seconds / seconds_a_step(arguments, len(entries), VARIANTS[name]))
+        steps = int(arguments.seconds / seconds_a_step(arguments, variant))
     with tempfile.TemporaryDirectory() as folder:
-        ours = Ours(arguments, Path(folder), seed, max(round(steps / len(entries)), 1), VARIANTS[name])
+        ours = Ours(arguments, Path(folder), seed, max(round(steps / len(entries)), 1), variant)
         started = time.perf_counter()
         done = ours.run()
         return ours.network, done, time.perf_counter() - started
 
 
-def seconds_a_step(arguments: argparse.Namespace, volumes: int, variant: Mapping[str, Any]) -> float:
-    """Of the whole training, with the discriminator as long as it takes part."""
+def seconds_a_step(arguments: argparse.Namespace, variant: Mapping[str, Any]) -> float:
+    """Of the whole training: steps of each of its phases are timed, and count by the phase's length."""
     with tempfile.TemporaryDirectory() as folder:
         trainer = Ours(arguments, Path(folder), 0, 10**6, variant).trainer
-        start, times = trainer.discriminator_start, []
-        loader = iter(trainer.data_loader)
-        for phase in (0.0, 1.0):  # with the discriminator, and without
-            trainer.discriminator_start = phase
-            for step in range(2 * TIMED):
-                if step == TIMED:
-                    begun = time.perf_counter()
-                trainer.state.iteration += 1
-                batch = next(loader, None) or next(loader := iter(trainer.data_loader))
-                trainer._iteration(trainer, batch)
-            times.append((time.perf_counter() - begun) / TIMED)
-    return times[0] * (1 - start) + times[1] * start
+        start, stages = trainer.discriminator_start, trainer.patch_sizes.stages
+        ends = {start - LEAD, start, 1 - trainer.decoder_finish, 1.0, *(until for until, _ in stages)}
+        bounds = [0.0, *sorted(end for end in ends if end > 0)]
+        return sum((end - begin) * timed(trainer, (begin + end) / 2) for begin, end in itertools.pairwise(bounds))
+
+
+def timed(trainer: Any, share: float) -> float:
+    """Seconds of a step when that share of the training is done."""
+    state = trainer.state
+    state.epoch = int(share * state.max_epochs) + 1
+    state.iteration = (state.epoch - 1) * state.epoch_length
+    trainer.data_loader.sampler.set_epoch(state.epoch)
+    loader = iter(trainer.data_loader)
+    for step in range(2 * TIMED):
+        if step == TIMED:
+            begun = time.perf_counter()
+        state.iteration += 1
+        batch = next(loader, None) or next(loader := iter(trainer.data_loader))
+        trainer._iteration(trainer, batch)
+    return (time.perf_counter() - begun) / TIMED
 
 
 def main() -> None:
@@ -205,7 +224,7 @@ def main() -> None:
     parser.add_argument("--datalist", required=True)
     parser.add_argument("--store", default="data/store")
     parser.add_argument("--lpips", default=None, help="folder of the two weights files")
-    parser.add_argument("--variants", nargs="+", default=["default", "reference"], choices=["stock", *VARIANTS])
+    parser.add_argument("--variants", nargs="+", default=["default", "reference"], choices=["stock", *variants(32)])
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--seconds", type=float, default=None)
     parser.add_argument("--seeds", type=int, default=2)

@@ -41,6 +41,29 @@ def test_patches_are_a_function_of_seed_epoch_and_index(phantoms: list[Path], tm
     assert not torch.equal(dataset[(3, 1)]["image"], other[(3, 1)]["image"])
 
 
+def test_patches_have_the_size_of_their_epoch_whoever_makes_them(phantoms: list[Path], tmp_path: Path) -> None:
+    dataset = make_dataset(phantoms[:4], tmp_path)
+    dataset.patch_sizes = {1: (8, 12, 8), 2: (16, 12, 20)}.__getitem__
+    loaders = [
+        DataLoader(dataset, batch_size=2, sampler=EpochSampler(4, 2, seed=7), num_workers=n, persistent_workers=n > 0)
+        for n in (0, 2)
+    ]
+    for epoch in (1, 2, 1):
+        for loader in loaders:
+            loader.sampler.set_epoch(epoch)  # type: ignore[attr-defined]
+        for serial, parallel in zip(*loaders, strict=True):
+            assert serial["image"].shape == (2, 1, *dataset.patch_sizes(epoch))
+            assert torch.equal(serial["image"], parallel["image"])
+    assert dataset.transform.patch_size == (16, 16, 16)  # stays
+    whole = make_dataset(phantoms[:4], tmp_path)
+    dataset.patch_sizes = lambda epoch: (16, 16, 16)
+    assert torch.equal(dataset[(3, 1)]["image"], whole[(3, 1)]["image"])
+    gone = PatchDataset(
+        [{"image": "gone.nii.gz"}], RandomPatch((8, 8, 8)), Store(tmp_path), 0, lambda epoch: (4, 8, 12)
+    )
+    assert gone[0]["image"].shape == (1, 4, 8, 12) and gone[0]["image"].isnan().all()
+
+
 def test_whole_volumes_are_alike_from_files_and_from_the_store(phantoms: list[Path], tmp_path: Path) -> None:
     entries = [{"image": str(phantoms[0]), "class": "ct", "name": "phantom 0"}]
     stored = StoredVolumes([{"image": str(phantoms[0])}], Store(tmp_path))

@@ -17,18 +17,19 @@ from ignite.engine import Events
 from scripts.common import ranks
 from scripts.networks.weights import save_weights, write_tensors
 from tests.helpers import (
-    MULTI_GPU,
     SMALLEST,
-    TRAIN,
+    assert_equal_logs,
     finish,
+    finish_killed,
     folders,
     kill,
-    run,
+    last_line_of,
     same,
     scalars,
     start,
     start_ranks,
     stock_network,
+    train_here,
     until,
 )
 from tests.training.toy import toy_training
@@ -89,17 +90,19 @@ SHORT = SMALLEST | {
     "lr_decay": 0.7,
     "ema_decay": 0.9,
     "scale_equivariance": 0.25,
-    "discriminator_start": 0.5,  # learns from the sixth of twelve steps on, and counts from the seventh
+    # Of twelve steps, or of six where there are two ranks, which is which:
+    "patch_curriculum": [[0.3, [32, 32, 32]]],  # then larger ones: from the fifth, or third, on
+    "autoencoder_train#patch_size": [36, 32, 32],
+    "discriminator_start": 0.5,  # learns from the sixth on, and counts from the seventh; or both from the fourth
+    "decoder_finish": 0.25,  # from the tenth, or sixth, on
+    "term_norm_interval": 2,
 }
+SWITCHES = {1: (5, 6, 7, 10, 11), 2: (3, 4, 6)}
 READY = "a validation"  # the last row of the table before the first step
 
 
-def train(options: dict[str, Any]) -> None:
-    run([str(TRAIN), str(MULTI_GPU)] if "RANK" in os.environ else [str(TRAIN)], **options)
-
-
-def begin(count: int, folder: Path, datalist: Path, log: Path, **options: Any) -> list[Any]:
-    return start_ranks(count, train, SHORT | folders(folder, datalist) | options, log=log)
+def begin(count: int, folder: Path, datalist: Path, log: Path, at: int = 0, **options: Any) -> list[Any]:
+    return start_ranks(count, train_here, "train", SHORT | folders(folder, datalist) | options, at, log=log)
 
 
 @pytest.fixture(scope="module", params=[1, 2])
@@ -114,13 +117,8 @@ def assert_equal_trainings(one: Path, other: Path) -> None:
     """Bit-identical weights; in TensorBoard every step once, with the same value."""
     for name in ("autoencoder.pt", "discriminator.pt"):
         assert same(*(torch.load(folder / "models" / name, weights_only=True) for folder in (one, other)))
-    logs = [scalars(folder / "outputs/tfevent_ct/autoencoder") for folder in (one, other)]
-    tags = {tag for tag in logs[0].Tags()["scalars"] if not tag.endswith(("data_wait_share", "patches_per_second"))}
-    assert {"train_iter/d_loss", "train_epoch/p_loss", "val_epoch/psnr", "train_iter/grad_norm_g"} <= tags
-    for tag in tags:
-        values = [[(event.step, event.value) for event in log.Scalars(tag)] for log in logs]
-        assert values[0] == values[1], tag
-    assert len(logs[1].Images("val_reconstructed_image")) == len(logs[0].Images("val_reconstructed_image"))
+    wanted = ("train_iter/d_loss", "train_epoch/p_loss", "val_epoch/psnr", "train_iter/grad_norm_g")
+    assert_equal_logs(*(folder / "outputs/tfevent_ct/autoencoder" for folder in (one, other)), *wanted)
 
 
 @pytest.mark.parametrize("kills", [1, pytest.param(5, marks=SLOW)])
@@ -141,6 +139,41 @@ def test_killed_at_random_and_restarted_equals_the_unbroken_training(
             torch.load(tmp_path / "models" / "checkpoint.pt", weights_only=True)
     finish(begin(count, tmp_path, datalist_file, tmp_path / "log"), tmp_path / "log")
     assert_equal_trainings(unbroken, tmp_path)
+
+
+def test_killed_at_each_switch_of_the_schedule_equals_the_unbroken_training(
+    whole: Any, datalist_file: Path, tmp_path: Path
+) -> None:
+    count, unbroken = whole
+    for at in SWITCHES[count]:
+        finish_killed(begin(count, tmp_path, datalist_file, tmp_path / "log", at))
+        assert torch.load(tmp_path / "models" / "checkpoint.pt", weights_only=True)["iteration"] == at - 1
+    finish(begin(count, tmp_path, datalist_file, tmp_path / "log"), tmp_path / "log")
+    assert_equal_trainings(unbroken, tmp_path)
+
+
+def test_the_schedule_is_what_the_knobs_say_and_norms_change_nothing(
+    whole: Any, datalist_file: Path, tmp_path: Path
+) -> None:
+    count, unbroken = whole
+    adam = torch.load(unbroken / "models" / "checkpoint.pt", weights_only=True)["state"]["optimizer_g"]["state"]
+    steps = {int(state["step"]) for state in adam.values()}
+    assert steps == {1: {9, 12}, 2: {5, 6}}[count]  # of the encoder, and of the decoder
+    events = scalars(unbroken / "outputs/tfevent_ct/autoencoder")
+    norms = {tag.removeprefix("train_iter/last_layer_norm_") for tag in events.Tags()["scalars"] if "iter/last" in tag}
+    assert norms == {"recons_loss", "p_loss", "adv_loss", "scale_loss"}
+    seen = [event.step for event in events.Scalars("train_iter/last_layer_norm_p_loss")]
+    assert seen == list(range(2, 12 // count + 1, 2))
+    log = tmp_path / "log"
+    finish(begin(count, tmp_path, datalist_file, log, term_norm_interval=0), log)
+    for name in ("autoencoder.pt", "discriminator.pt"):
+        assert same(*(torch.load(folder / "models" / name, weights_only=True) for folder in (unbroken, tmp_path)))
+
+
+def test_another_curriculum_is_another_training(whole: Any, datalist_file: Path) -> None:
+    _, unbroken = whole
+    told = last_line_of("train", **SHORT | folders(unbroken, datalist_file) | {"patch_curriculum": []})
+    assert "patch_curriculum was [[0.3, [32, 32, 32]]], now it is []; restore it, or start over" in told
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=SLOW)])

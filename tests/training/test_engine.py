@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import logging
 import os
 import signal
@@ -178,6 +179,22 @@ def test_a_changed_rate_and_other_settings_are_obeyed_on_resuming(tmp_path: Path
     group = trainer.optimizers["optimizer"].param_groups[0]
     assert trainer.state.iteration == 6
     assert group["lr"] == pytest.approx(0.4 * (1 - 6 / 18) ** 2) and group["initial_lr"] == 0.4
+
+
+def test_what_is_frozen_in_an_update_stays_with_its_optimizers_state(tmp_path: Path) -> None:
+    class Frozen(ToyTraining):
+        def update(self, name: str, loss: torch.Tensor, frozen: Any = ()) -> None:
+            super().update(name, loss, [self.bare["line"].bias] if self.state.iteration > 6 else ())
+
+    trainer = toy_training(tmp_path)
+    trainer.__class__ = Frozen
+    line, adam, seen = trainer.bare["line"], trainer.optimizers["optimizer"].state, []
+    noted = lambda p: [p.detach().clone(), *(t.clone() for t in adam[p].values())]  # noqa: E731
+    trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda _: seen.append((noted(line.weight), noted(line.bias))))
+    trainer.run()
+    for iteration, (one, other) in enumerate(itertools.pairwise(seen), 2):
+        same_weight, same_bias = (all(map(torch.equal, *pair)) for pair in zip(one, other, strict=True))
+        assert not same_weight and same_bias == (iteration > 6)
 
 
 def test_an_unknown_interval_is_named() -> None:

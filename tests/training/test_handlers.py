@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,11 +18,11 @@ from tests.helpers import scalars
 
 def run_training(folder: Path, epochs: int = 2) -> EventAccumulator:
     names = ("loss", "recons_loss", "p_loss", "adv_loss", "d_loss")
-    engine = Engine(lambda e, b: {n: torch.tensor(float(e.state.iteration * i)) for i, n in enumerate(names, 1)})
+    engine: Any = Engine(lambda e, b: {n: torch.tensor(float(e.state.iteration * i)) for i, n in enumerate(names, 1)})
+    engine.weights = {"recons_loss": 1, "p_loss": 0.5, "adv_loss": 0, "kl_loss": 1e-7}
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.25)
     log = TensorBoardLog(str(folder))
-    weights = {"recons_loss": 1, "p_loss": 0.5, "adv_loss": 0, "kl_loss": 1e-7}
-    TrainingLog(log, optimizer, names, batch_size=3, samples="patches", weights=weights).attach(engine)
+    TrainingLog(log, optimizer, names, batch_size=3, samples="patches").attach(engine)
     engine.run([0, 0, 0, 0], max_epochs=epochs)
     log.close()
     return scalars(folder)
@@ -42,6 +43,27 @@ def test_every_step_and_epoch_is_logged_once(tmp_path: Path, caplog: pytest.LogC
     assert events.Scalars("train_epoch/learning_rate")[0].value == 0.25
     assert all(0 <= e.value <= 1 for e in events.Scalars("train_epoch/data_wait_share"))
     assert events.Scalars("train_epoch/patches_per_second")[0].value > 0
+
+
+@pytest.mark.parametrize("report_seconds", [0.0, 1e9])
+def test_a_loss_that_jumps_is_warned_of_once_an_epoch(
+    report_seconds: float, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("scripts.training.handlers.REPORT_SECONDS", report_seconds)
+    # The first jump comes before there is a median; NaN is for the guard; "other" is not shown, so not watched.
+    jumps = {(5, "loss"): 99.0, (31, "p_loss"): 10.5, (33, "loss"): 50.0, (35, "loss"): math.nan, (70, "loss"): 30.0}
+    jumps |= {(25, "other"): 1e6, (71, "p_loss"): 9.5}
+    names = ("loss", "p_loss", "other")
+    engine: Any = Engine(lambda e, b: {n: torch.tensor(jumps.get((e.state.iteration, n), 1.0)) for n in names})
+    engine.weights = {}
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.25)
+    TrainingLog(TensorBoardLog(str(tmp_path)), optimizer, names[:2]).attach(engine)
+    engine.run([0] * 40, max_epochs=2)
+    told = [r.getMessage() for r in caplog.records if "median" in r.getMessage()]
+    assert told == [
+        "step 31: p_loss is 10.5, more than 10 times its median over the last 30 steps, 1",
+        "step 70: loss is 30, more than 10 times its median over the last 68 steps, 1",
+    ]
 
 
 def test_validation_is_due_first_at_intervals_and_last() -> None:

@@ -39,5 +39,10 @@ def test_vae_loss_is_the_weighted_sum_of_its_terms() -> None:
         assert losses["recons_loss"] == reference(x, y)
         expected = losses["recons_loss"] + 1e-3 * kl_loss(mu, sigma) + 0.3 * halves(x, y)
         assert losses["loss"] == pytest.approx(float(expected), rel=1e-6)
+        scaled = VaeLoss(halves, kind, kl_weight=1e-3, perceptual_weight=0.3)(x, y, mu, sigma, kl_scale=8.0)
+        assert scaled["kl_loss"] == losses["kl_loss"]
+        assert float(scaled["loss"] - losses["loss"]) == pytest.approx(7e-3 * float(losses["kl_loss"]), rel=1e-4)
+    weights = VaeLoss(halves, kl_weight=1e-3, perceptual_weight=0.3).weights(8.0)
+    assert weights == {"recons_loss": 1.0, "kl_loss": 8e-3, "p_loss": 0.3}
     with pytest.raises(UserError, match="recon_loss 'l3' is unknown; use l1 or l2"):
         VaeLoss(halves, "l3")

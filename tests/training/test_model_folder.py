@@ -11,10 +11,8 @@ from scripts.training.model_folder import ModelFolder
 FILES = {"net.pt": "net", "net_best{}.pt": "net"}
 
 
-def network(value: float) -> dict[str, torch.nn.Module]:
-    line = torch.nn.Linear(1, 1, bias=False)
-    torch.nn.init.constant_(line.weight, value)
-    return {"net": line}
+def content(value: float) -> dict[str, dict[str, torch.Tensor]]:
+    return {"net": {"weight": torch.tensor(float(value))}}
 
 
 def value(path: Path) -> float:
@@ -24,14 +22,14 @@ def value(path: Path) -> float:
 def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
     folder = ModelFolder(tmp_path, FILES)
     for epoch, best in ((1, True), (2, False), (3, True), (4, False)):
-        folder.save(network(epoch), {"iteration": epoch}, epoch, best)
+        folder.save(content(epoch), {"iteration": epoch}, epoch, best)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint.pt", "net.pt", "net_best3.pt"]
     assert value(tmp_path / "net.pt") == 4 and value(tmp_path / "net_best3.pt") == 3
     assert torch.load(folder.checkpoint, weights_only=True) == {"iteration": 4}
 
 
 def test_an_earlier_training_is_kept_once_a_new_one_writes(tmp_path: Path) -> None:
-    ModelFolder(tmp_path, FILES).save(network(1), {}, 9, best=True)
+    ModelFolder(tmp_path, FILES).save(content(1), {}, 9, best=True)
     with pytest.raises(
         UserError, match="holds a trained model, and resume is false; give another model_dir, or --over"
     ):
@@ -42,13 +40,13 @@ def test_an_earlier_training_is_kept_once_a_new_one_writes(tmp_path: Path) -> No
         assert not (tmp_path / f"previous_{number}").exists()
         folder.save_checkpoint({})
         assert value(tmp_path / f"previous_{number}" / "net.pt") == number
-        folder.save(network(number + 1), {}, 1, best=False)
+        folder.save(content(number + 1), {}, 1, best=False)
     assert (tmp_path / "previous_1" / "net_best9.pt").exists() and not (tmp_path / "net_best9.pt").exists()
 
 
 def test_weights_that_a_training_starts_from_are_never_removed(tmp_path: Path) -> None:
-    ModelFolder(tmp_path, FILES).save(network(1), {}, 9, best=True)
+    ModelFolder(tmp_path, FILES).save(content(1), {}, 9, best=True)
     folder = ModelFolder(tmp_path, FILES, protected=(str((tmp_path / "net_best9.pt").resolve()),))
     folder.begin(overwrite=True)
-    folder.save(network(2), {}, 1, best=True)
+    folder.save(content(2), {}, 1, best=True)
     assert value(tmp_path / "net_best9.pt") == 1 and value(tmp_path / "net_best1.pt") == 2

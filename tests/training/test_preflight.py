@@ -19,15 +19,15 @@ KEY = "trained_line_path"
 
 def test_weights_to_start_from_are_checked_only_where_they_are_used(tmp_path: Path) -> None:
     line = torch.nn.Linear(4, 1)
-    check_start(line, False, KEY, None)
-    check_start(line, False, KEY, "/nowhere.pt")
+    check_start(line, False, KEY, None, "line_def")
+    check_start(line, False, KEY, "/nowhere.pt", "line_def")
     with pytest.raises(UserError, match=f"finetune is true, but {KEY} is None; give the weights to start from"):
-        check_start(line, True, KEY, None)
+        check_start(line, True, KEY, None, "line_def")
     save_weights(line, tmp_path / "line.pt")
-    check_start(line, True, KEY, str(tmp_path / "line.pt"))
+    check_start(line, True, KEY, str(tmp_path / "line.pt"), "line_def")
     save_weights(torch.nn.Linear(5, 1), tmp_path / "line.pt")
     with pytest.raises(UserError, match=r"line\.pt: weight is \(1, 5\), but the network's is \(1, 4\)"):
-        check_start(line, True, KEY, str(tmp_path / "line.pt"))
+        check_start(line, True, KEY, str(tmp_path / "line.pt"), "line_def")
 
 
 def test_the_disk_must_hold_weights_and_a_second_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -56,10 +56,10 @@ def test_the_table_says_what_will_run(tmp_path: Path, capsys: Any) -> None:
             return {"a validation": f"is asked for {voxels:.0f} voxels"}
 
     trainer = toy_training(tmp_path, epochs=7)
-    print_table(trainer, str(tmp_path / "models"), {"line.pt": "line"}, [4, 5, 6], Validator(), num_ranks=3)
+    print_table(trainer, str(tmp_path / "models"), {"line.pt": "line"}, "4 x 5 x 6", 120, Validator(), num_ranks=3)
     rows = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
     assert rows["volumes"] == "12 to train, 3 to validate" and rows["epochs"] == "7 of 6 steps"
-    assert rows["patch"] == "4 x 5 x 6, batch 2 on each of 3 ranks" and rows["parameters"] == "line 0.00 M"
+    assert rows["sample"] == "4 x 5 x 6, batch 2 on each of 3 ranks" and rows["parameters"] == "line 0.00 M"
     assert rows["a"] == "validation  is asked for 720 voxels"
 
 

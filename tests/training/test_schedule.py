@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 from scripts.common.errors import UserError
-from scripts.training.schedule import LearningRate, adam_eps, hyperparameters
+from scripts.training.schedule import LearningRate, PatchCurriculum, adam_eps, hyperparameters
 
 
 def test_warmup_is_the_references_rule() -> None:
@@ -22,6 +24,36 @@ def test_the_rate_falls_in_a_line_over_the_last_share() -> None:
     for decay in (-0.1, 1.1, True, "0.5", float("nan")):
         with pytest.raises(UserError, match=r"lr_decay is .*; use a share of the training, from 0 to 1"):
             LearningRate([], [], decay)  # type: ignore[arg-type]
+
+
+def test_a_patch_size_is_a_function_of_the_epoch_and_of_how_many_there_are() -> None:
+    small, middle, large = [32, 32, 32], [64, 64, 32], [96, 96, 64]
+    sizes = PatchCurriculum([[0.3, small], [0.7, middle]], large, max_epochs=10)
+    assert [sizes(epoch) for epoch in range(1, 11)] == [small] * 3 + [middle] * 4 + [large] * 3
+    assert PatchCurriculum([[0.29, small]], large, 100)(29) == small  # 0.29 * 100 is below 29 in floating point
+    assert PatchCurriculum([[0.29, small]], large, 100)(30) == large
+    assert (sizes.shrinkage(1), sizes.shrinkage(4), sizes.shrinkage(8)) == (18.0, 4.5, 1.0)
+    assert [size for _, size in sizes.sizes()] == [small, middle, large]
+    for none in (None, []):
+        assert PatchCurriculum(none, large, 10)(1) == large and PatchCurriculum(none, large, 10).shrinkage(1) == 1
+
+
+@pytest.mark.parametrize(
+    ("stages", "message"),
+    [
+        (0.5, r"patch_curriculum is 0.5; use pairs of a share and a size, e.g. \[\[0.5, \[64, 64, 64\]\]\]"),
+        ([0.5, [64, 64, 64]], "use pairs of a share and a size"),
+        ([[0.5, [64, 64, 64], 3]], "use pairs of a share and a size"),
+        ([[1.5, [64, 64, 64]]], "patch_curriculum is 1.5; use a share of the training, from 0 to 1"),
+        ([[float("nan"), [64, 64, 64]]], "patch_curriculum is nan; use a share"),
+        ([["half", [64, 64, 64]]], "patch_curriculum is 'half'; use a share"),
+        ([[0.5, [32] * 3], [0.3, [64] * 3]], r"patch_curriculum has the shares \[0.5, 0.3\], which must ascend"),
+        ([[0.5, [32] * 3], [0.5, [64] * 3]], "which must ascend; put them in order"),
+    ],
+)
+def test_a_curriculum_that_is_none_is_refused(stages: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        PatchCurriculum(stages, [96, 96, 96], 10)
 
 
 def test_epsilon_is_the_references() -> None:
