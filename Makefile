@@ -2,10 +2,10 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: help setup demo test test-all lint bench clean
+.PHONY: help setup demo demo-diffusion test test-all lint bench clean
 
 help: ## this list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-9s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-15s %s\n", $$1, $$2}'
 
 $(VENV)/runtime: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed; set PYTHON=python3.12, say")'
@@ -20,10 +20,19 @@ $(VENV)/development: requirements-dev.txt $(VENV)/runtime
 setup: $(VENV)/development ## make .venv with runtime and development requirements
 
 demo: $(VENV)/runtime ## synthetic CT, datalist, training, evaluation; minutes on two CPU cores
-	$(RUN) -m scripts.phantom write --output_dir demo/data/phantoms --count 48
+	$(RUN) -m scripts.phantom write --output_dir demo/data/phantoms --count 48 --shape "[96,80,96]"
 	$(RUN) -m scripts.datalist build --data_dir demo/data/phantoms --val_fraction 0.06 --test_fraction 0.1 --output demo/data/datalist_ct.json
 	$(RUN) -W ignore -m monai.bundle run --config_file "['configs/train.json','configs/demo.json']"
 	$(RUN) -W ignore -m monai.bundle run --config_file "['configs/evaluate.json','configs/demo.json']" --output_dir demo/outputs/evaluation
+
+DEMO_DIFFUSION := 'configs/demo.json','configs/demo_diffusion.json'
+
+demo-diffusion: $(VENV)/runtime ## from the demo's autoencoder to new volumes: latents, diffusion, generated volumes, their report
+	test -e demo/models/autoencoder.pt || $(MAKE) demo
+	$(RUN) -W ignore -m monai.bundle run --config_file "['configs/encode.json','configs/demo.json']" --output_dir demo/outputs/embeddings
+	$(RUN) -W ignore -m monai.bundle run --config_file "['configs/train_diffusion.json',$(DEMO_DIFFUSION)]"
+	$(RUN) -W ignore -m monai.bundle run --config_file "['configs/generate.json',$(DEMO_DIFFUSION)]" --output_dir demo/outputs/generated
+	$(RUN) -W ignore -m monai.bundle run --config_file "['configs/evaluate_generated.json',$(DEMO_DIFFUSION)]" --output_dir demo/outputs/evaluation_generated
 
 test: $(VENV)/development ## the test suite
 	$(RUN) -m pytest
@@ -36,9 +45,10 @@ lint: $(VENV)/development ## ruff and mypy
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 
-bench: $(VENV)/development ## patches and steps against stock MONAI, on this machine; windows, with the demo's weights
+bench: $(VENV)/development ## patches, steps and diffusion against stock MONAI (REFERENCE=checkout of NV-Generate-CTMR); windows, with the demo's weights
 	$(RUN) -W ignore -m tests.benchmarks.data
 	$(RUN) -W ignore -m tests.benchmarks.step
+	$(RUN) -W ignore -m tests.benchmarks.diffusion $(if $(REFERENCE),--reference $(REFERENCE))
 	test ! -e demo/models/autoencoder.pt || $(RUN) -W ignore -m tests.benchmarks.windows
 
 clean: ## remove the environment, caches and what the demo made

@@ -25,46 +25,60 @@ Point = Sequence[float] | np.ndarray
 class _Canvas:
     """A float32 volume in HU with coordinates in mm about its centre; shapes are painted one over another."""
 
-    def __init__(self, shape: Sequence[int], spacing: Sequence[float]) -> None:
+    def __init__(self, shape: Sequence[int], spacing: Sequence[float], taper: float) -> None:
+        self.voxel = float(np.mean(spacing))
         axes = [(np.arange(n, dtype=np.float32) - (n - 1) / 2) * s for n, s in zip(shape, spacing, strict=True)]
         self.x, self.y, self.z = np.meshgrid(*axes, indexing="ij", sparse=True)
         self.hu = np.full(tuple(shape), AIR, dtype=np.float32)
+        top = np.clip(self.z / abs(axes[2][0]), 0, 1)
+        self.taper = 1 - taper * top**2  # a chest is narrower at its top
 
-    def paint(self, mask: np.ndarray, hu: float) -> None:
+    def paint(self, mask: np.ndarray, hu: float | np.ndarray) -> None:
         np.copyto(self.hu, hu, where=mask)
 
     def ellipse(self, centre: Point, radii: Point) -> np.ndarray:
-        """Squared radius (1 on the border) of an elliptic cylinder along z."""
-        return ((self.x - centre[0]) / radii[0]) ** 2 + ((self.y - centre[1]) / radii[1]) ** 2
+        """Squared radius (1 on the border) of an elliptic cylinder along z, which follows the taper of the chest."""
+        x, y = self.x / self.taper - centre[0], self.y / self.taper - centre[1]
+        return (x / radii[0]) ** 2 + (y / radii[1]) ** 2
 
     def ellipsoid(self, centre: Point, radii: Point) -> np.ndarray:
         return self.ellipse(centre, radii) + ((self.z - centre[2]) / radii[2]) ** 2
 
-    def tube(self, start: np.ndarray, end: np.ndarray, radius: float, hu: float) -> None:
-        """A straight vessel, painted in its own bounding box only."""
+    def tube(self, start: np.ndarray, end: np.ndarray, radius: float, hu: float, within: np.ndarray) -> None:
+        """A straight vessel, painted in its own bounding box only; voxels that it fills in part get their share."""
         box = []
         for axis, grid in enumerate((self.x, self.y, self.z)):
             line = grid.ravel()
             low, high = min(start[axis], end[axis]) - radius, max(start[axis], end[axis]) + radius
-            box.append(slice(*np.searchsorted(line, (low, high))))
+            box.append(slice(*np.searchsorted(line, (low - self.voxel, high + self.voxel))))
         if any(s.start >= s.stop for s in box):
             return
         x, y, z = self.x[box[0]], self.y[:, box[1]], self.z[:, :, box[2]]
-        direction = (end - start) / max(float(np.linalg.norm(end - start)), 1e-6)
+        length = max(float(np.linalg.norm(end - start)), 1e-6)
+        direction = (end - start) / length
         along = (x - start[0]) * direction[0] + (y - start[1]) * direction[1] + (z - start[2]) * direction[2]
         distance2 = (x - start[0]) ** 2 + (y - start[1]) ** 2 + (z - start[2]) ** 2 - along**2
-        np.copyto(self.hu[tuple(box)], hu, where=distance2 < radius**2)
+        inside = np.clip((radius - np.sqrt(np.maximum(distance2, 0))) / self.voxel + 0.5, 0, 1)
+        inside *= np.clip(np.minimum(along, length - along) / self.voxel + 1, 0, 1)
+        part = self.hu[tuple(box)]
+        np.maximum(part, part + inside * (hu - part), out=part, where=within[tuple(box)])
 
 
 def _vessel_tree(
-    canvas: _Canvas, rng: np.random.Generator, start: np.ndarray, direction: np.ndarray, radius: float, depth: int
+    canvas: _Canvas,
+    rng: np.random.Generator,
+    start: np.ndarray,
+    direction: np.ndarray,
+    radius: float,
+    depth: int,
+    within: np.ndarray,
 ) -> None:
-    end = start + direction * radius * rng.uniform(5, 8)
-    canvas.tube(start, end, radius, BLOOD - 110)
+    end = start + direction * radius * rng.uniform(4, 6)
+    canvas.tube(start, end, radius, BLOOD - 110, within)
     if depth > 0:
         for _ in range(2):
             turned = direction + rng.normal(0, 0.55, 3)
-            _vessel_tree(canvas, rng, end, turned / np.linalg.norm(turned), radius * 0.72, depth - 1)
+            _vessel_tree(canvas, rng, end, turned / np.linalg.norm(turned), radius * 0.78, depth - 1, within)
 
 
 def _paint_lung(
@@ -74,11 +88,12 @@ def _paint_lung(
     centre = (side * 0.52 * inner[0], 0.0, diaphragm + 0.75 * extent[2])
     lobe = canvas.ellipsoid(centre, (0.43 * inner[0], 0.82 * inner[1], 0.95 * extent[2]))
     dome = diaphragm + 0.25 * extent[2] * (1 - ((canvas.x - centre[0]) / (0.5 * inner[0])) ** 2)
-    canvas.paint((lobe < 1) & (canvas.z > dome), hu)
+    air = (lobe < 1) & (canvas.z > dome)
+    canvas.paint(air, hu - 60 * canvas.y / inner[1])  # what lies lowest is fullest
     hilum = np.array([side * 0.2 * inner[0], 0.0, 0.1 * extent[2]])
     for _ in range(4):
         direction = np.array([side, rng.normal(0, 0.6), rng.normal(0, 0.7)])
-        _vessel_tree(canvas, rng, hilum, direction / np.linalg.norm(direction), 0.05 * inner[0], 5)
+        _vessel_tree(canvas, rng, hilum, direction / np.linalg.norm(direction), 0.07 * inner[0], 5, air)
 
 
 def _paint_skeleton(canvas: _Canvas, rng: np.random.Generator, chest: np.ndarray, body: np.ndarray) -> None:
@@ -95,7 +110,7 @@ def _paint_skeleton(canvas: _Canvas, rng: np.random.Generator, chest: np.ndarray
     # Ribs: bands of the chest wall that fall from back to front.
     shell = np.sqrt(chest)
     band = np.mod((canvas.z + rng.uniform(0.3, 0.5) * canvas.y) / pitch, 1.0)
-    canvas.paint((np.abs(shell - 1.06) < 0.045) & (band < 0.33) & (np.abs(canvas.x) > 0.12 * body[0]), BONE)
+    canvas.paint((np.abs(shell - 1.06) < 0.06) & (band < 0.4) & (np.abs(canvas.x) > 0.12 * body[0]), BONE)
     canvas.paint(canvas.ellipse((0, 0.84 * body[1], 0), (0.1 * body[0], 0.05 * body[1])) < 1, MARROW)
 
 
@@ -122,7 +137,7 @@ def make_phantom(
         int16 array of `shape` in HU, within -1024..1500.
     """
     rng = np.random.default_rng(seed)
-    canvas = _Canvas(shape, spacing)
+    canvas = _Canvas(shape, spacing, taper=rng.uniform(0.1, 0.35))
     extent = np.array(shape) * np.array(spacing) / 2
     body = extent[:2] * rng.uniform([0.80, 0.62], [0.92, 0.74])
     outline = canvas.ellipse((0, 0), body)
@@ -145,7 +160,8 @@ def make_phantom(
     canvas.paint(canvas.ellipse((-0.12 * inner[0], -0.42 * body[1]), (0.09 * inner[0],) * 2) < 1, BLOOD)
     canvas.paint((canvas.y < -body[1] - 8) & (canvas.y > -body[1] - 14) & (np.abs(canvas.x) < 0.7 * body[0]), -300)
     _blur(canvas.hu)
-    canvas.hu += rng.standard_normal(canvas.hu.shape, dtype=np.float32) * rng.uniform(8, 20)
+    canvas.hu += rng.standard_normal(canvas.hu.shape, dtype=np.float32) * rng.uniform(20, 40)
+    _blur(canvas.hu)  # noise too is as smooth as the scanner makes it
     return np.clip(np.rint(canvas.hu), -1024, 1500).astype(np.int16)
 
 

@@ -13,7 +13,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,9 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from ignite.engine import Events
 from monai.apps.generation.maisi.networks.autoencoderkl_maisi import AutoencoderKlMaisi
+from monai.apps.generation.maisi.networks.diffusion_model_unet_maisi import DiffusionModelUNetMaisi
 from monai.bundle import ConfigWorkflow
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -65,6 +67,26 @@ SMALLEST: dict[str, Any] = TINY | {
     "discriminator_def#channels": 2,
     "autoencoder_train#val_patch_size": [32, 32, 32],
 }
+
+# The same for latent diffusion: of two levels, so that latents of 8 x 4 x 4 will do.
+TRAIN_DIFFUSION, MULTI_GPU_DIFFUSION = (Path(f"configs/{name}train_diffusion.json") for name in ("", "multi_gpu_"))
+UNET = {
+    "num_channels": [8, 16], "attention_levels": [False, True], "num_head_channels": [0, 8], "num_res_blocks": 1,
+    "norm_num_groups": 8, "use_flash_attention": True,
+}  # fmt: skip
+TINY_DIFFUSION: dict[str, Any] = {
+    **SMALL,
+    **{f"diffusion_unet_def#{key}": value for key, value in UNET.items()},
+    "num_workers": 0,
+    "amp": False,
+    "val_interval": 1,
+    "val_draws": 2,
+    "sample_interval": 0,
+    "sample_count": 1,
+    "diffusion_unet_inference#num_inference_steps": 2,
+    "diffusion_unet_train#n_epochs": 2,
+}
+LATENTS = {"training": [(8, 4, 4)] * 4 + [(8, 4, 6)] * 2, "validation": [(8, 4, 4), (8, 4, 6)]}
 
 # What Fire, which takes words for Python, would change.
 TRICKY = [
@@ -111,6 +133,25 @@ def break_volume(datalist: Path, root: Path, nan: bool) -> str:
     return entries["training"][1]["image"]
 
 
+def make_latents(
+    folder: Path, sizes: Mapping[str, Sequence[tuple[int, ...]]] | None = None, std: float = 1.0, **facts: Any
+) -> Path:
+    """Gaussian latents as configs/encode.json writes them, by split; the path of their datalist."""
+    rng, lists, count = np.random.default_rng(0), {}, 0
+    folder.mkdir(parents=True, exist_ok=True)
+    for split, shapes in (sizes or LATENTS).items():
+        lists[split] = []
+        for shape in shapes:
+            path = save_nifti(folder / f"v{count}_emb.nii.gz", rng.normal(0, std, (*shape, 4)).astype(np.float32))
+            side = {"spacing": [1.5, 1.5, 2.0 + count], "modality": ("ct", "ct_contrast", "mri_t1")[count % 3]}
+            side |= {"dim": [4 * n for n in shape], "weights_sha256": "ab" * 32}
+            Path(f"{path}.json").write_text(json.dumps(side | facts))
+            lists[split].append({"image": f"v{count}.nii.gz"})
+            count += 1
+    (folder / "datalist.json").write_text(json.dumps(lists))
+    return folder / "datalist.json"
+
+
 # Networks and their weights
 
 
@@ -121,6 +162,19 @@ def stock_network(**changes: Any) -> AutoencoderKlMaisi:
         if "norm" in name or "bias" in name or parameter.ndim == 1:
             torch.nn.init.normal_(parameter, float("weight" in name), 0.3)
     return network
+
+
+def small_unet(seed: int = 0, **changes: Any) -> DiffusionModelUNetMaisi:
+    """With no convolution or bias that is 0, as several are in a fresh network."""
+    shape = {"spatial_dims": 3, "in_channels": 4, "out_channels": 4, "num_class_embeds": 128, "resblock_updown": True}
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        given = {**shape, **UNET, "use_flash_attention": False, "include_spacing_input": True, "include_fc": True}
+        network = DiffusionModelUNetMaisi(**given | changes)
+        for parameter in network.parameters():
+            if not parameter.any():
+                torch.nn.init.normal_(parameter, std=0.1)
+    return network.eval()
 
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
@@ -167,6 +221,10 @@ def last_line_of(name: str | Path | list[str], **overrides: Any) -> str:
 def folders(root: Path, datalist: Path) -> dict[str, str]:
     names = {"model_dir": "models", "output_dir": "outputs", "tfevent_path": "outputs/tfevent_ct", "store_dir": "store"}
     return {key: str(root / name) for key, name in names.items()} | {"json_data_list": str(datalist)}
+
+
+def diffusion_folders(root: Path, datalist: Path) -> dict[str, str]:
+    return folders(root, datalist) | {"embedding_base_dir": str(datalist.parent)}
 
 
 def scalars(folder: Path) -> EventAccumulator:
@@ -274,6 +332,18 @@ def start_ranks(count: int, function: Callable[..., Any], *arguments: Any, log: 
     return [start(function, *arguments, log=log, **environment) for environment in ranks]
 
 
+def train_here(name: str, options: dict[str, Any], at: int = 0) -> None:
+    """The training of a config, with its layer where there are ranks; it kills itself when iteration `at` begins."""
+    layers = [f"configs/{name}.json", *([f"configs/multi_gpu_{name}.json"] if "RANK" in os.environ else [])]
+    started: Any = workflow(layers, **options)
+    if at:
+        started.trainer.add_event_handler(
+            Events.ITERATION_STARTED(once=at), lambda _: os.kill(os.getpid(), signal.SIGKILL)
+        )
+    started.run()
+    started.finalize()
+
+
 def finish(processes: list[Any], log: Path, status: int = 0) -> str:
     """Wait until all have ended with `status`; what they printed."""
     for process in processes:
@@ -281,6 +351,30 @@ def finish(processes: list[Any], log: Path, status: int = 0) -> str:
     printed = log.read_text()
     assert [process.exitcode for process in processes] == [status] * len(processes), printed[-3000:]
     return printed
+
+
+def finish_killed(processes: list[Any]) -> None:
+    """Wait until all have killed themselves, and end their data-loader workers."""
+    for process in processes:
+        process.join(60)
+    kill(processes)
+    assert [process.exitcode for process in processes] == [-signal.SIGKILL] * len(processes)
+
+
+def assert_equal_logs(one: Path, other: Path, *wanted: str) -> None:
+    """In both event folders every step once, with the same value, and as many pictures; `wanted` are tags to be there.
+
+    What tells of speed may differ.
+    """
+    logs = [scalars(folder) for folder in (one, other)]
+    tags = {tag for tag in logs[0].Tags()["scalars"] if not tag.endswith(("data_wait_share", "_per_second"))}
+    assert set(wanted) <= tags
+    for tag in tags:
+        values = [[(event.step, event.value) for event in log.Scalars(tag)] for log in logs]
+        assert values[0] == values[1] and len({step for step, _ in values[0]}) == len(values[0]), tag
+    pictures = [{tag: [(e.step, e.encoded_image_string) for e in log.Images(tag)] for tag in log.Tags()["images"]}
+                for log in logs]  # fmt: skip
+    assert pictures[0] == pictures[1]
 
 
 def kill(processes: list[Any], number: signal.Signals = signal.SIGKILL) -> None:

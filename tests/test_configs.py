@@ -11,10 +11,16 @@ import pytest
 from monai.bundle import ConfigParser
 
 from scripts.common.command_line import check_command_line
-from tests.helpers import MULTI_GPU, TRAIN, guide_files
+from scripts.training.schedule import advance
+from tests.helpers import MULTI_GPU, MULTI_GPU_DIFFUSION, SMALL, TRAIN, TRAIN_DIFFUSION, guide_files
 
-DEMO, EXAMPLES = Path("configs/demo.json"), Path("docs/examples")
+DEMO, DEMO_DIFFUSION, EXAMPLES = Path("configs/demo.json"), Path("configs/demo_diffusion.json"), Path("docs/examples")
 CONFIGS = [TRAIN, *(Path(f"configs/{name}.json") for name in ("inference", "encode", "evaluate"))]
+GENERATE, EVALUATE_GENERATED = Path("configs/generate.json"), Path("configs/evaluate_generated.json")
+DIFFUSION = [TRAIN_DIFFUSION, GENERATE]
+DIFFUSION_EXAMPLES = ["environment_maisi_diff_model", "config_maisi_diff_model", "config_network_rflow"]
+# Of the three files of NV-Generate-CTMR, and of what MONAI asks of each bundle, not all is needed.
+UNREAD = {TRAIN_DIFFUSION: {"dataset_dir", "data_base_dir", "output_prefix"}, GENERATE: {"dataset_dir"}}
 
 
 def strings(node: Any) -> list[str]:
@@ -25,15 +31,17 @@ def strings(node: Any) -> list[str]:
     return [node] if isinstance(node, str) else []
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", [*CONFIGS, *DIFFUSION, EVALUATE_GENERATED], ids=lambda p: p.stem)
 def test_no_dead_key_and_no_unused_import(path: Path) -> None:
     config = json.loads(path.read_text())
     texts = [t for key, value in config.items() if key != "imports" for t in strings(value)]
     referred = {name for text in texts for name in re.findall(r"@(\w+)", text)} - {"_meta_"}
     entry = {"_desc_", "imports", "initialize", "run", "finalize"}
-    assert set(config) - entry == referred
-    unread = {"cache", "val_batch_size"}  # accepted because the guide's files have them
-    groups = {g: set(config[g]) for g in ("data_option", "autoencoder_train") if g in config}
+    assert set(config) - entry - UNREAD.get(path, set()) == referred
+    unread = {"cache", "val_batch_size", "cache_rate"}  # accepted because the guide's files have them
+    unread |= set(config.get("diffusion_unet_inference", ()))  # each config reads its part, and passes it on whole
+    names = ("data_option", "autoencoder_train", "diffusion_unet_train", "diffusion_unet_inference")
+    groups = {g: set(config[g]) for g in names if g in config}
     for group, knobs in groups.items():
         used = {name for text in texts for name in re.findall(rf"@{group}#(\w+)", text)}
         assert knobs - used <= unread
@@ -51,6 +59,16 @@ def test_what_configs_share_is_the_same() -> None:
         assert configs[1][key] == configs[2][key] == configs[3][key], key
 
 
+def test_what_the_configs_of_diffusion_share_is_the_same() -> None:
+    base, training, generation = (json.loads(path.read_text()) for path in (TRAIN, *DIFFUSION))
+    for key in ("spatial_dims", "image_channels", "latent_channels", "autoencoder_def", "model_dir", "store_dir"):
+        assert training[key] == base[key] and generation.get(key, base[key]) == base[key], key
+    own = {"_desc_", "imports", "device", "rank", "num_ranks", "dataset_dir", "output_dir", "initialize", "run"}
+    own |= {"generator", "autoencoder", "modality_mapping"}  # of the same classes, from other places
+    for key in set(training) & set(generation) - own:
+        assert training[key] == generation[key], key
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_the_guides_files_and_the_demo_are_layers_of_all(path: Path, datalist: Path, tmp_path: Path) -> None:
     layers = [str(path), str(DEMO), *guide_files(tmp_path, datalist)[1:]]
@@ -63,6 +81,20 @@ def test_the_guides_files_and_the_demo_are_layers_of_all(path: Path, datalist: P
     assert parser.get_parsed_content("autoencoder_def").encoder.blocks[0].conv.conv.out_channels == 16
 
 
+@pytest.mark.parametrize("path", DIFFUSION, ids=lambda p: p.stem)
+def test_their_files_and_the_demo_are_layers_of_diffusion(path: Path) -> None:
+    demos, files = [str(DEMO), str(DEMO_DIFFUSION)], [str(EXAMPLES / f"{name}.json") for name in DIFFUSION_EXAMPLES]
+    parsers = []
+    for layers in (demos, files, [str(MULTI_GPU_DIFFUSION)] if path == TRAIN_DIFFUSION else []):
+        check_command_line(["monai/bundle/__main__.py", "run", "--config_file", str([str(path), *layers])])
+        parsers.append(ConfigParser())
+        parsers[-1].read_config([str(path), *layers])
+    demo, theirs, _ = parsers
+    small = json.loads(DEMO_DIFFUSION.read_text())["+diffusion_unet_def"]
+    assert small.items() <= demo["diffusion_unet_def"].items() and demo["diffusion_unet_def"]["include_fc"]
+    assert theirs["model_dir"] == "./models" and theirs["autoencoder_def"]["norm_float16"] is True
+
+
 def test_expressions_are_short_calls() -> None:
     for path in Path("configs").glob("*.json"):
         for text in strings(json.loads(path.read_text())):
@@ -70,10 +102,11 @@ def test_expressions_are_short_calls() -> None:
                 assert len(text) <= 90 and "lambda" not in text and " if " not in text.replace("'cuda' if", ""), text
 
 
-def test_layers_override_only_what_exists() -> None:
-    base = ConfigParser(json.loads(TRAIN.read_text()))
-    for key in json.loads(DEMO.read_text()):
-        assert key == "_desc_" or key.lstrip("+") in base, key
+@pytest.mark.parametrize(("layer", "bases"), [(DEMO, [TRAIN]), (DEMO_DIFFUSION, [*DIFFUSION, EVALUATE_GENERATED])])
+def test_layers_override_only_what_exists(layer: Path, bases: list[Path]) -> None:
+    parsers = [ConfigParser(json.loads(path.read_text())) for path in bases]
+    for key in json.loads(layer.read_text()):
+        assert key == "_desc_" or any(key.lstrip("+") in parser for parser in parsers), key
 
 
 def test_metadata_matches_the_requirements() -> None:
@@ -88,9 +121,10 @@ def test_metadata_matches_the_requirements() -> None:
     assert metadata["version"] in metadata["changelog"]
 
 
-def test_the_layer_is_short_and_overrides_what_is_there() -> None:
-    assert len(MULTI_GPU.read_text().splitlines()) <= 40
-    assert set(json.loads(MULTI_GPU.read_text())) - {"_desc_", "finalize"} <= set(json.loads(TRAIN.read_text()))
+@pytest.mark.parametrize(("layer", "base"), [(MULTI_GPU, TRAIN), (MULTI_GPU_DIFFUSION, TRAIN_DIFFUSION)])
+def test_the_layer_is_short_and_overrides_what_is_there(layer: Path, base: Path) -> None:
+    assert len(layer.read_text().splitlines()) <= 40
+    assert set(json.loads(layer.read_text())) - {"_desc_", "finalize"} <= set(json.loads(base.read_text()))
 
 
 def test_the_example_files_hold_the_defaults() -> None:
@@ -104,12 +138,35 @@ def test_the_example_files_hold_the_defaults() -> None:
     assert network.items() <= base.items()
 
 
+def test_the_example_files_of_diffusion_hold_the_defaults() -> None:
+    base = json.loads(TRAIN_DIFFUSION.read_text())
+    environment, training, network = (json.loads((EXAMPLES / f"{n}.json").read_text()) for n in DIFFUSION_EXAMPLES)
+    assert training == {group: base[group] for group in ("diffusion_unet_train", "diffusion_unet_inference")}
+    ignored = {"_desc_", "norm_float16", "num_splits", "save_mem", "use_flash_attention"}
+    for name in ("autoencoder_def", "diffusion_unet_def"):
+        ours, theirs = ({k: v for k, v in d[name].items() if k not in ignored} for d in (base, network))
+        assert ours == theirs
+        network.pop(name)
+    assert network.items() <= base.items()
+    parser = ConfigParser(base)
+    for key, value in environment.items():
+        found = parser.get_parsed_content(key)
+        assert (found and Path(found)) == (value and Path(value)), key
+
+
 def test_the_reference_recipe_restores_the_references_schedule_and_switches_off_what_is_ours() -> None:
     parser = ConfigParser()
     parser.read_config([str(TRAIN), "configs/reference_recipe.json"])
-    rate = parser.get_parsed_content("learning_rate")
-    assert [rate(epoch) for epoch in range(150)] == [0.01] * 10 + [0.1] * 10 + [1.0] * 130
+    parser.update(SMALL)
+    for which in "gd":
+        optimizer, scheduler = (parser.get_parsed_content(f"{name}_{which}") for name in ("optimizer", "scheduler"))
+        rates = []
+        for _ in range(150):
+            rates.append(optimizer.param_groups[0]["lr"] / 1e-4)
+            advance([scheduler], 1)
+        assert rates == pytest.approx([0.01] * 10 + [0.1] * 10 + [1.0] * 130, rel=1e-12)
     layer = json.loads(Path("configs/reference_recipe.json").read_text())
     knobs = {key: value for key, value in layer.items() if key != "_desc_"}
-    assert knobs == dict.fromkeys(("lr_decay", "ema_decay", "discriminator_start", "scale_equivariance"), 0)
+    off = ("lr_decay", "ema_decay", "discriminator_start", "scale_equivariance", "decoder_finish")
+    assert knobs == dict.fromkeys(off, 0) | {"patch_curriculum": None}
     check_command_line(["x", "run", "--config_file", f"['{TRAIN}','configs/reference_recipe.json']"])

@@ -35,7 +35,7 @@ def join() -> torch.device:
     """
     if "LOCAL_RANK" not in os.environ:
         raise UserError(
-            "configs/multi_gpu_train.json needs torchrun; start it with torchrun --standalone --nproc_per_node=N "
+            "configs/multi_gpu_*.json need torchrun; start it with torchrun --standalone --nproc_per_node=N "
             "-m monai.bundle run ..., or leave this layer out"
         )
     local_rank, gpus = int(os.environ["LOCAL_RANK"]), usable_gpus()

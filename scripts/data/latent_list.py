@@ -270,11 +270,21 @@ def _text(size: Sequence[int]) -> str:
 
 
 def ranges(entries: Sequence[Entry]) -> dict[str, Any]:
-    """What is trained on: `sizes` in latent voxels, least and most `spacing` by axis (mm), numbers of `modalities`."""
-    spacings = list(zip(*(entry["spacing"] for entry in entries), strict=True))
+    """What is trained on.
+
+    Returns:
+        `sizes` in latent voxels, the numbers of `modalities`, and, from least to most by axis in mm, `spacing` and
+        `field_of_view`.
+    """
+    spacings = [entry["spacing"] for entry in entries]
+    extents = [
+        [n * FACTOR * s for n, s in zip(size, spacing, strict=True)]
+        for size, spacing in zip(sizes(entries), spacings, strict=True)
+    ]
     return {
         "sizes": [list(size) for size in sorted(set(sizes(entries)))],
-        "spacing": [[min(axis), max(axis)] for axis in spacings],
+        "spacing": [[min(axis), max(axis)] for axis in zip(*spacings, strict=True)],
+        "field_of_view": [[min(axis), max(axis)] for axis in zip(*extents, strict=True)],
         "modalities": {entry["modality"]: entry["modality_number"] for entry in entries},
     }
 

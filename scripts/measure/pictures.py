@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from base64 import b64encode
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -30,12 +31,61 @@ def _compared(original: np.ndarray, reconstruction: np.ndarray, intensity_range:
     return {"original": theirs, "reconstruction": ours, "error": errors}
 
 
-def three_planes(volume: np.ndarray) -> np.ndarray:
-    """The three central planes of (X, Y, Z) in [0, 1] side by side, padded to one height: (H, W) in [0, 1]."""
-    planes = _planes(volume)
-    height = max(p.shape[0] for p in planes)
-    padded = [np.pad(p, ((0, height - p.shape[0]), (0, 0))) for p in planes]
+def three_planes(volume: np.ndarray, spacing: Sequence[float] = (1.0, 1.0, 1.0)) -> np.ndarray:
+    """The three central planes of (X, Y, Z) in [0, 1] side by side, padded to one height: (H, W) in [0, 1].
+
+    Args:
+        volume: in RAS.
+        spacing: along the axes; planes are resized to square pixels as small as the least of the three.
+    """
+    sizes = [max(round(n * length / min(spacing)), 1) for n, length in zip(volume.shape, spacing, strict=True)]
+    across, height = (sizes[1], sizes[0], sizes[0]), (sizes[2], sizes[2], sizes[1])
+    planes = [_resized(*plane) for plane in zip(_planes(volume), height, across, strict=True)]
+    padded = [np.pad(plane, ((0, max(height) - len(plane)), (0, 0))) for plane in planes]
     return np.clip(np.concatenate(padded, axis=1), 0, 1)
+
+
+def _resized(plane: np.ndarray, height: int, width: int) -> np.ndarray:
+    if plane.shape == (height, width):
+        return plane
+    picture = Image.fromarray(np.ascontiguousarray(plane, np.float32))
+    return np.asarray(picture.resize((width, height), Image.Resampling.BILINEAR))
+
+
+def save_sheet(pictures: Mapping[str, np.ndarray], path: Path, title: str, intensity_range: float = 2000.0) -> None:
+    """A PNG of many volumes' planes, each with its name, at most four beside each other.
+
+    Args:
+        pictures: (H, W) in [0, 1], as of `three_planes`, by the names to print; 0 to 0.7 is black to white.
+        path: of the PNG.
+        title: above them.
+        intensity_range: what 1.0 is in HU.
+    """
+    columns = min(math.ceil(math.sqrt(len(pictures))), 4)
+    rows = math.ceil(len(pictures) / columns)
+    height, width = next(iter(pictures.values())).shape
+    figure = Figure(figsize=(4.5 * columns, (4.5 * height / width + 0.3) * rows + 0.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axis in axes:
+        axis.axis("off")
+    for axis, (name, picture) in zip(axes, pictures.items(), strict=False):
+        axis.imshow(picture, cmap="gray", vmin=0.0, vmax=0.7)
+        axis.set_title(_printable(name), fontsize=8, parse_math=False)
+    text = f"{title}\nsagittal, coronal, axial; {_window(intensity_range)}"
+    figure.suptitle(text, fontsize=10, parse_math=False)
+    with whole(path) as part:
+        figure.savefig(part, dpi=100, format="png")
+
+
+def _window(intensity_range: float) -> str:
+    """What is black and what is white."""
+    return "window -1000..400 HU" if intensity_range == 2000 else "window 0..70 % of the range"
+
+
+def _printable(text: str) -> str:
+    """Text in one line, in which what cannot be printed is escaped, as \\udcff and \\n."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def comparison_planes(
@@ -119,8 +169,6 @@ def save_comparison(
                 axes[row, column].set_ylabel(label)
         axes[0, column].set_title(f"{name} (HU)" if name == "error" else name)
     figure.colorbar(picture, ax=axes[:, 2], shrink=0.6)
-    window = "-1000..400 HU" if intensity_range == 2000 else "0..70 % of the range"
-    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in title)  # as \udcff, \n
-    figure.suptitle(f"{shown}, window {window}", parse_math=False)
+    figure.suptitle(f"{_printable(title)}, {_window(intensity_range)}", parse_math=False)
     with whole(path) as part:
         figure.savefig(part, dpi=100, format="png")

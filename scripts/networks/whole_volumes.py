@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -112,12 +113,13 @@ class WholeVolumes(Evaluator):
         Raises:
             UserError: with advice, where memory runs out.
         """
-
-        def what() -> str:
-            return f"windows of {self.inferer.window(volume['voxels'].shape[2:])} voxels"
-
+        what = partial(self.described, volume)
         with memory_advice(self.state.device, what, self.remedy), torch.inference_mode(), self.mode(self.network):
             self.process(volume)
+
+    def described(self, volume: dict[str, Any]) -> str:
+        """What is computed of a volume, for the advice where memory runs out."""
+        return f"windows of {self.inferer.window(volume['voxels'].shape[2:])} voxels"
 
     def _iteration(self, engine: Any, volume: dict[str, Any]) -> None:  # type: ignore[override]
         if "error" in volume:

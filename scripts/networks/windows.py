@@ -75,29 +75,33 @@ class VolumeInferer(Inferer):
         inputs: torch.Tensor,
         network: Callable[..., Any],
         normalise: Callable[[torch.Tensor], torch.Tensor] = torch.Tensor.float,
-        after_window: Callable[[], None] | None = None,
+        after_window: Callable[[], object] | None = None,
+        latents: bool = False,
     ) -> Slabs:
         """Finished parts of the outputs, one after the other along the first axis.
 
         Args:
-            inputs: (B, 1, X, Y, Z), of any type, on the CPU.
+            inputs: (B, 1, X, Y, Z), of any type, on the CPU; or (B, C, X / factor, ...), if they are `latents`.
             network: takes a window on `sw_device`; gives one tensor or several.
             normalise: makes windows of `inputs` what the network takes; padding with 0 comes after it.
             after_window: called after each window.
+            latents: whether `inputs` are of the lower resolution; windows are in voxels of the volume all the same.
 
         Yields:
-            the first of the voxels of `inputs` that are finished, and for each output its part, float32 on the CPU:
-            (B, C, x, Y, Z) for one of the input's resolution, else (B, C, x / factor, ...) of the padded volume.
+            the first of the volume's voxels that are finished, and for each output its part, float32 on the CPU:
+            (B, C, x, Y, Z) for one of the volume's resolution, else (B, C, x / factor, ...) of the padded volume.
         """
-        size = inputs.shape[2:]
+        scale = self.factor if latents else 1
+        size = [n * scale for n in inputs.shape[2:]]
         roi, (x_starts, y_starts, z_starts) = self.window(size), self.starts(size)
         weights = [_weights(*axis) for axis in zip((x_starts, y_starts, z_starts), roi, strict=True)]
         stitchers: list[_Stitcher] = []  # one for each output; how many there are, the first window shows
         # Windows that begin at the same x make a row. No later row reaches what lies before its own beginning.
         for x, end in zip(x_starts, [*x_starts[1:], x_starts[-1] + roi[0]], strict=True):
             for y, z in itertools.product(y_starts, z_starts):
-                box = inputs[:, :, x : x + roi[0], y : y + roi[1], z : z + roi[2]]
-                outputs = network(padded(normalise(box.to(self.sw_device)), roi))
+                i, j, k = (slice(a // scale, (a + n) // scale) for a, n in zip((x, y, z), roi, strict=True))
+                window = normalise(inputs[:, :, i, j, k].to(self.sw_device))
+                outputs = network(padded(window, [n // scale for n in roi]))
                 outputs = outputs if isinstance(outputs, (tuple, list)) else (outputs,)
                 stitchers = stitchers or [_Stitcher(size, weights) for _ in outputs]
                 for stitcher, output in zip(stitchers, outputs, strict=True):

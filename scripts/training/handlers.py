@@ -69,7 +69,7 @@ class Validate(ValidationHandler):
             engine.terminate()
             return
         engine.progress.validations.append({"epoch": engine.state.epoch, **metrics})
-        text = "  ".join(f"{name} {metrics[name]:{style}}" for name, style in self.shown.items())
+        text = "  ".join(f"{name} {metrics[name]:{style}}" for name, style in self.shown.items() if name in metrics)
         logger.info("epoch %d validation: %s  (%.0f s)", engine.state.epoch, text, time.perf_counter() - started)
         self._say_if_stuck(engine)
 

@@ -74,6 +74,8 @@ class VaeLoss(nn.Module):
     ) -> dict[str, torch.Tensor]:
         """`loss`, the weighted sum, and its terms `recons_loss`, `kl_loss`, `p_loss`, unweighted.
 
+        The last one, which costs most, is left out where its weight is 0.
+
         Args:
             reconstruction: (B, 1, X, Y, Z).
             target: in the same shape, in [0, 1].
@@ -86,8 +88,10 @@ class VaeLoss(nn.Module):
         losses = {
             "recons_loss": self.recon_loss(reconstruction.float(), target),
             "kl_loss": kl_loss(mu, sigma),
-            "p_loss": self.perceptual(reconstruction.float(), target, *arguments),
         }
         weights = self.weights(kl_scale)
-        weighted = weights["kl_loss"] * losses["kl_loss"] + weights["p_loss"] * losses["p_loss"]
+        weighted = weights["kl_loss"] * losses["kl_loss"]
+        if self.perceptual_weight:
+            losses["p_loss"] = self.perceptual(reconstruction.float(), target, *arguments)
+            weighted = weighted + weights["p_loss"] * losses["p_loss"]
         return {"loss": losses["recons_loss"] + weighted, **losses}

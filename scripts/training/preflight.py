@@ -21,9 +21,7 @@ from scripts.training.engine import TrainingEngine
 from scripts.training.model_folder import CHECKPOINT
 
 
-def check_start(
-    network: nn.Module, finetune: bool, key: str, path: str | None, definition: str
-) -> None:
+def check_start(network: nn.Module, finetune: bool, key: str, path: str | None, definition: str) -> None:
     """Whether the weights to fine-tune from are given, readable and of this architecture.
 
     Args:
@@ -133,6 +131,7 @@ def print_table(
     device = trainer.state.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     parameters = {n: sum(p.numel() for p in net.parameters()) / 1e6 for n, net in trainer.bare.items()}
+    disk = check_disk(trainer, model_dir, weights, checkpoint)
     validated = "" if validator is None else f", {len(validator.data_loader.dataset)} to validate"
     table = {
         "volumes": f"{len(loader.dataset)} to train{validated}",
@@ -141,7 +140,7 @@ def print_table(
         "sample": f"{sample}, {batch}",
         "parameters": ", ".join(f"{n} {count:.2f} M" for n, count in parameters.items()),
         "computed in": f"{str(trainer.dtype).removeprefix('torch.')} on {name}",
-        "disk": f"{check_disk(trainer, model_dir, weights, checkpoint):.2f} GB for weights and checkpoint in {model_dir}",
+        "disk": f"{disk:.2f} GB for weights and checkpoint in {model_dir}",
     }
     if validator is not None:
         table |= validator.cost_rows(voxels * loader.batch_size * num_ranks)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import math
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import ignite.distributed as idist
 import numpy as np
@@ -25,6 +26,7 @@ from scripts.networks.whole_volumes import WholeVolumes
 from scripts.networks.windows import joined, padded
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 # A training step costs 14.4 MFLOP a voxel with MAISI's [64, 128, 256], a forward pass 4.3.
 _FORWARD_SHARE = 0.3
@@ -133,15 +135,12 @@ class VaeValidation(WholeVolumes):
         shares = ranks.gather(self.share)
         if self.interrupted:
             return
-        cases = [case for share in shares for case in share.cases]
-        broken = [why for share in shares for why in share.broken]
-        for why in broken if idist.get_rank() == 0 else ():
-            logger.warning("passed over in validation: %s", why)
-        if len(broken) > self.max_bad_volumes or not cases:
-            raise UserError(
-                f"{len(broken)} volumes could not be validated (max_bad_volumes is {self.max_bad_volumes}), the last: "
-                f"{broken[-1]}; see python -m scripts.datalist check"
-            )
+        cases = together(
+            [(share.cases, share.broken) for share in shares],
+            self.max_bad_volumes,
+            "volumes",
+            "see python -m scripts.datalist check",
+        )
         self.state.metrics = {name: math.fsum(case[name] for case in cases) / len(cases) for name in cases[0]}
         self.state.metrics |= LatentHealth.merged([share.latents for share in shares]).compute()
 
@@ -176,3 +175,27 @@ class VaeValidation(WholeVolumes):
 
     def _forget_shown(self, engine: Any) -> None:
         self.shown = None
+
+
+def together(shares: Sequence[tuple[list[T], list[str]]], most_broken: int, what: str, remedy: str) -> list[T]:
+    """What all ranks measured; rank 0 names what could not be.
+
+    Args:
+        shares: of each rank, what it measured, and why it could not measure other items.
+        most_broken: how many items may not be measured.
+        what: they are, for the error, as the `remedy`.
+        remedy: what to do about them.
+
+    Raises:
+        UserError: where nothing could be measured, or more than `most_broken` could not.
+    """
+    found = [one for share, _ in shares for one in share]
+    broken = [why for _, share in shares for why in share]
+    for why in broken if idist.get_rank() == 0 else ():
+        logger.warning("passed over in validation: %s", why)
+    if len(broken) > most_broken or not found:
+        raise UserError(
+            f"{len(broken)} {what} could not be validated (max_bad_volumes is {most_broken}), the last: {broken[-1]}; "
+            f"{remedy}"
+        )
+    return found

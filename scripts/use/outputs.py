@@ -7,16 +7,22 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import ignite.distributed as idist
 
 from scripts.common.errors import UserError, reason
 from scripts.common.files import read_json, write_json, write_text
-from scripts.networks.weights import Weights
 
 RECORD = "made_with{}.json"
 ENDINGS = ("_recon", "_emb", "_emb_sigma")
+
+
+class HasFacts(Protocol):
+    """Weights that say which they are, under `weights` and `weights_sha256`."""
+
+    def facts(self) -> dict[str, str | None]:
+        """For what is written with results."""
 
 
 class Output:
@@ -29,8 +35,8 @@ class Output:
 
     Args:
         folder: where the results go.
-        ending: what follows a volume's name, before `.nii.gz`: one of `ENDINGS`.
-        weights: the results come from them.
+        ending: what follows a volume's name, before `.nii.gz`: one of `ENDINGS`; `_ct` or `_mri` if it is generated.
+        weights: the results come from them; their `facts` are recorded.
         settings: the results depend on them.
         bundle_version: recorded with the weights.
         overwrite: make results anew that are there already.
@@ -44,7 +50,7 @@ class Output:
         self,
         folder: str,
         ending: str,
-        weights: Weights,
+        weights: HasFacts,
         settings: Mapping[str, Any],
         bundle_version: str = "",
         overwrite: bool = False,

@@ -189,6 +189,7 @@ def test_the_table_and_the_ranges_say_what_is_trained_on(tmp_path: Path) -> None
     assert ranges(entries) == {
         "sizes": [[8, 8, 8], [8, 16, 24]],
         "spacing": [[0.5, 1.0], [0.7, 3.0], [2.0, 5.0]],
+        "field_of_view": [[16.0, 32.0], [pytest.approx(44.8), 96.0], [64.0, 480.0]],
         "modalities": {"ct": 1, "ct_contrast": 3},
     }
     assert described(entries) == {

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 from PIL import Image
 
-from scripts.measure.pictures import comparison_planes, save_comparison, three_planes
+from scripts.measure.pictures import comparison_planes, save_comparison, save_sheet, three_planes
 
 
 def test_planes_stand_upright() -> None:
@@ -21,6 +21,37 @@ def test_planes_stand_upright() -> None:
     assert picture.shape == (10, 8 + 6 + 6)
     assert picture[0, :7] == pytest.approx(1) and picture[0, 8:14] == pytest.approx(1)  # top row of sagittal, coronal
     assert picture[0, 14:] == pytest.approx(0.5) and picture[1:, 14:].max() == 0  # front is up in the axial plane
+
+
+def test_planes_are_to_scale() -> None:
+    x, y, z = np.ogrid[:16, :32, :10]
+    centres = ((2 * (x - 7.5)) ** 2 + (y - 15.5) ** 2 + (4 * (z - 4.5)) ** 2) ** 0.5  # mm
+    ball = (centres < 13).astype(np.int16)
+    picture = three_planes(ball, (2.0, 1.0, 4.0))
+    assert picture.shape == (40, 32 + 32 + 32) and picture.dtype == np.float32
+    for left in (0, 32, 64):  # sagittal, coronal, axial: a disc as high as it is wide
+        inside = picture[:, left : left + 32] > 0.5
+        extent = [np.flatnonzero(inside.any(axis)) for axis in (0, 1)]
+        assert [e[-1] - e[0] + 1 for e in extent] == pytest.approx([26, 26], abs=2)
+    assert np.array_equal(three_planes(ball, (0.7, 0.7, 0.7)), three_planes(ball))
+
+
+@pytest.mark.parametrize(("count", "columns", "rows"), [(1, 1, 1), (2, 2, 1), (4, 2, 2), (16, 4, 4), (17, 4, 5)])
+def test_a_sheet_shows_all_volumes_with_their_names(
+    count: int, columns: int, rows: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figures: list[Figure] = []
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *rest, **k: figures.append(self) or save(self, *rest, **k))
+    pictures = {f"seed {i} $x$": np.full((20, 60), i / count) for i in range(count)}
+    save_sheet(pictures, tmp_path / "a.png", "of a test", intensity_range=2000.0 if count > 1 else 1000.0)
+    (figure,) = figures
+    assert [axis.get_title() for axis in figure.axes if axis.images] == list(pictures)
+    height, width = imread(tmp_path / "a.png").shape[:2]
+    assert width == columns * 450 and height == pytest.approx(rows * 180 + 50, abs=1)
+    window = "window -1000..400 HU" if count > 1 else "window 0..70 % of the range"
+    assert figure.get_suptitle() == f"of a test\nsagittal, coronal, axial; {window}"
+    assert [p.name for p in tmp_path.iterdir()] == ["a.png"]
 
 
 def test_comparison_is_a_picture(tmp_path: Path) -> None:

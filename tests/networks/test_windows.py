@@ -61,6 +61,22 @@ def test_slabs_are_finished_disjoint_parts_and_windows_are_counted() -> None:
     assert all(part.shape[2] <= 16 for _, slabs in parts for part in slabs)
 
 
+@pytest.mark.parametrize(("window", "overlap"), [(None, 0.25), ([16, 16, 16], 0.25), ([20, 16, 28], 0.6)])
+def test_latents_are_decoded_in_windows_of_the_volume(window: list[int] | None, overlap: float) -> None:
+    latents, seen = torch.rand(1, 3, 12, 5, 9), []
+
+    def decode(part: torch.Tensor) -> torch.Tensor:
+        seen.append([4 * n for n in part.shape[2:]])
+        return nn.functional.interpolate(part[:, :1], scale_factor=4, mode="nearest")
+
+    inferer, whole = VolumeInferer(window, overlap=overlap), decode(latents)
+    seen.clear()
+    parts = list(inferer.slabs(latents, decode, latents=True))
+    torch.testing.assert_close(torch.cat([part for _, (part,) in parts], dim=2), whole)
+    assert [x for x, _ in parts] == inferer.starts((48, 20, 36))[0]
+    assert seen == [inferer.window((48, 20, 36))] * inferer.count((48, 20, 36))
+
+
 def test_an_identity_without_a_factor_is_not_padded() -> None:
     volume = torch.rand(1, 1, 21, 10, 7)
     out = VolumeInferer([8, 8, 8], factor=1)(volume, nn.Identity())

@@ -44,5 +44,7 @@ def test_vae_loss_is_the_weighted_sum_of_its_terms() -> None:
         assert float(scaled["loss"] - losses["loss"]) == pytest.approx(7e-3 * float(losses["kl_loss"]), rel=1e-4)
     weights = VaeLoss(halves, kl_weight=1e-3, perceptual_weight=0.3).weights(8.0)
     assert weights == {"recons_loss": 1.0, "kl_loss": 8e-3, "p_loss": 0.3}
+    without = VaeLoss(pytest.fail, kl_weight=1e-3, perceptual_weight=0.0)(x, y, mu, sigma)  # not even computed
+    assert without["loss"] == F.l1_loss(x, y) + 1e-3 * kl_loss(mu, sigma) and "p_loss" not in without
     with pytest.raises(UserError, match="recon_loss 'l3' is unknown; use l1 or l2"):
         VaeLoss(halves, "l3")

@@ -22,6 +22,16 @@ def output(folder: Path, sha256: str = "1", window: int = 64, **options: Any) ->
     return Output(str(folder), "_recon", weights, {"window": window}, bundle_version="7", **options)
 
 
+class Named:
+    """Weights that are known by their name alone."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def facts(self) -> dict[str, str | None]:
+        return {"weights": self.name, "weights_sha256": self.name}
+
+
 def make(made: Output, name: str, content: bytes = b"voxels") -> None:
     """A result as workflows write it: its files, then its line in the list."""
     made.path(name).parent.mkdir(parents=True, exist_ok=True)
@@ -39,6 +49,15 @@ def test_results_are_named_after_volumes_and_the_record_says_how_they_were_made(
     assert made.sidecar("a/v") == tmp_path / "a" / "v_recon.nii.gz.json"
     wanted = {"weights": "1.pt", "weights_sha256": "1", "bundle_version": "7", "settings": {"window": 64}}
     assert json.loads((tmp_path / "made_with_recon.json").read_text()) == wanted
+
+
+def test_results_of_two_kinds_share_a_folder(tmp_path: Path) -> None:
+    made = {kind: Output(str(tmp_path), f"_{kind}", Named(f"{kind}.pt"), {}) for kind in ("ct", "mri")}
+    for kind, other in (("ct", "mri"), ("mri", "ct")):
+        make(made[kind], "v")
+        assert made[kind].path("v") == tmp_path / f"v_{kind}.nii.gz" and made[kind].done("v")
+        assert json.loads((tmp_path / f"made_with_{kind}.json").read_text())["weights"] == f"{kind}.pt"
+        assert made[other].names() == (["v"] if other == "ct" else [])
 
 
 def test_a_result_is_done_once_it_is_listed(tmp_path: Path) -> None:
