@@ -9,6 +9,8 @@ from scripts.common.errors import UserError, reason
 
 T = TypeVar("T")
 
+CHECK = "; python -m scripts.datalist check lists them all"  # the hint where the faults are those of volumes
+
 
 class FolderError(UserError):
     """The fault of a folder that is written to, and so of no volume."""
@@ -30,7 +32,6 @@ def attempt(entry: Mapping[str, str], read: Callable[[], T]) -> tuple[T | None, 
         return None, f"{entry['image']}: cannot be read any more ({reason(problem)})"
 
 
-def first_of(faults: list[str]) -> str:
-    """One line for several faults: the first, and how many more there are."""
-    more = f" ({len(faults) - 1} more; python -m scripts.datalist check lists them all)" if len(faults) > 1 else ""
-    return f"{faults[0]}{more}"
+def first_of(faults: list[str], hint: str = "") -> str:
+    """One line for several faults: the first, how many more there are, and a `hint` how to see them."""
+    return f"{faults[0]} ({len(faults) - 1} more{hint})" if len(faults) > 1 else faults[0]

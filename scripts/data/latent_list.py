@@ -17,7 +17,7 @@ from scripts.common.errors import UserError, reason
 from scripts.common.files import read_json
 from scripts.common.progress import progress_bar
 from scripts.data.datalist import SPLITS
-from scripts.data.faults import attempt
+from scripts.data.faults import attempt, first_of
 from scripts.data.nifti import stem
 from scripts.data.nifti_file import check_complete, opened
 
@@ -25,11 +25,6 @@ Entry = dict[str, Any]
 FACTOR = 4  # voxels of a volume for one of its latent, along each axis
 REGIONS = ("top_region_index", "bottom_region_index")
 ENCODE = "encode the volume with configs/encode.json"
-
-
-def first_of(faults: list[str]) -> str:
-    """One line for several faults: the first, and how many more there are."""
-    return f"{faults[0]} ({len(faults) - 1} more)" if len(faults) > 1 else faults[0]
 
 
 def read_mapping(path: str) -> dict[str, int]:

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 
 from scripts.common.errors import UserError
 from scripts.data.faults import attempt
-from scripts.data.latent_list import ENCODE, REGIONS, Entry, first_of, latent_shape, sizes
+from scripts.data.latent_list import ENCODE, REGIONS, Entry, latent_shape, sizes
 from scripts.data.nifti_file import check_complete, opened, voxels
 from scripts.data.store import ArrayStore
 
@@ -27,7 +27,7 @@ class LatentStore(ArrayStore):
     """The store of latents: channels first, float16 where that hardly adds to the posterior's noise, else float32."""
 
     unit = "latent"
-    told = staticmethod(first_of)
+    hint = ""
 
     def preprocessing(self, entry: Mapping[str, Any]) -> list[Any]:
         """That it is a latent."""

@@ -12,7 +12,7 @@ import multiprocessing
 import shutil
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from scripts.common.errors import UserError, reason
 from scripts.common.files import make_folders
-from scripts.data.faults import FolderError, attempt, first_of
+from scripts.data.faults import CHECK, FolderError, attempt, first_of
 from scripts.data.intensity import Intensity
 from scripts.data.nifti import plausible, read_nifti
 
@@ -91,7 +91,7 @@ class ArrayStore(ABC):
     """
 
     unit = "volume"  # what a file holds
-    told: Callable[[list[str]], str] = staticmethod(first_of)  # one line for the faults of several files
+    hint = CHECK  # of the line for the faults of several files
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
@@ -201,7 +201,7 @@ class ArrayStore(ABC):
                     raise
                 bar.update()
         if broken := sorted(filter(None, faults)):
-            raise UserError(self.told(broken))
+            raise UserError(first_of(broken, self.hint))
         return len(missing)
 
     def _attempt(self, entry: Mapping[str, Any]) -> str:
