@@ -198,6 +198,7 @@ def test_what_was_trained_on_is_kept_with_the_weights(tmp_path: Path) -> None:
     assert facts(found, Scale(1.5, "here")) == {
         "autoencoder_sha256": "ab" * 32, "scale_factor_origin": "here", "sizes": [[8, 4, 4]],
         "spacing": [[1.5, 1.5], [1.5, 1.5], [2.0, 4.0]], "modalities": MAPPING,
+        "field_of_view": [[48.0, 48.0], [24.0, 24.0], [32.0, 64.0]],
     }  # fmt: skip
     unknown = [{key: value for key, value in entry.items() if key != "weights_sha256"} for entry in found]
     assert facts(unknown, Scale(1.5, "here"))["autoencoder_sha256"] is None
