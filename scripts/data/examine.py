@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from scripts.common.errors import UserError
 from scripts.data.datalist import entries_of, load, shared_volumes
-from scripts.data.faults import CHECK, attempt, first_of
+from scripts.data.faults import attempt, first_of
 from scripts.data.intensity import CT_WINDOW
 from scripts.data.nifti import CT_LIMIT, Header, read_header
 from scripts.data.store import read_volume
@@ -33,7 +33,7 @@ def check_headers(entries: Sequence[Mapping[str, str]], num_workers: int = 16, p
         bar = tqdm(entries, desc="headers", unit="volume", leave=False, disable=not progress)
         results = list(pool.map(one, bar))
     if broken := [fault for _, fault in results if fault]:
-        raise UserError(first_of(broken, CHECK))
+        raise UserError(first_of(broken))
     return [header for header, _ in results if header is not None]
 
 

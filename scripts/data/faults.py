@@ -9,8 +9,6 @@ from scripts.common.errors import UserError, reason
 
 T = TypeVar("T")
 
-CHECK = "; python -m scripts.datalist check lists them all"  # the hint where the faults are those of volumes
-
 
 class FolderError(UserError):
     """The fault of a folder that is written to, and so of no volume."""
@@ -32,6 +30,9 @@ def attempt(entry: Mapping[str, str], read: Callable[[], T]) -> tuple[T | None, 
         return None, f"{entry['image']}: cannot be read any more ({reason(problem)})"
 
 
-def first_of(faults: list[str], hint: str = "") -> str:
-    """One line for several faults: the first, how many more there are, and a `hint` how to see them."""
-    return f"{faults[0]} ({len(faults) - 1} more{hint})" if len(faults) > 1 else faults[0]
+def first_of(faults: list[str], of_volumes: bool = True) -> str:
+    """One line for several faults: the first, how many more there are, and for those of volumes how to see them all."""
+    rest = len(faults) - 1
+    if rest and of_volumes:
+        return f"{faults[0]} ({rest} more; python -m scripts.datalist check lists them all)"
+    return f"{faults[0]} ({rest} more)" if rest else faults[0]

@@ -91,7 +91,7 @@ def _each(items: Sequence[dict[str, Any]], read: Callable[[dict[str, Any]], Entr
             found.append(result)
             bar.update()
     if faults := [fault for _, fault in found if fault]:
-        raise UserError(first_of(faults))
+        raise UserError(first_of(faults, of_volumes=False))
     return [entry for entry, _ in found if entry is not None]
 
 

@@ -27,7 +27,7 @@ class LatentStore(ArrayStore):
     """The store of latents: channels first, float16 where that hardly adds to the posterior's noise, else float32."""
 
     unit = "latent"
-    hint = ""
+    of_volumes = False
 
     def preprocessing(self, entry: Mapping[str, Any]) -> list[Any]:
         """That it is a latent."""

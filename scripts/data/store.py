@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from scripts.common.errors import UserError, reason
 from scripts.common.files import make_folders
-from scripts.data.faults import CHECK, FolderError, attempt, first_of
+from scripts.data.faults import FolderError, attempt, first_of
 from scripts.data.intensity import Intensity
 from scripts.data.nifti import plausible, read_nifti
 
@@ -91,7 +91,7 @@ class ArrayStore(ABC):
     """
 
     unit = "volume"  # what a file holds
-    hint = CHECK  # of the line for the faults of several files
+    of_volumes = True  # whether the check of volumes lists the faults of its files
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
@@ -201,7 +201,7 @@ class ArrayStore(ABC):
                     raise
                 bar.update()
         if broken := sorted(filter(None, faults)):
-            raise UserError(first_of(broken, self.hint))
+            raise UserError(first_of(broken, self.of_volumes))
         return len(missing)
 
     def _attempt(self, entry: Mapping[str, Any]) -> str:

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from scripts.common.errors import UserError
-from scripts.data.faults import CHECK, FolderError, attempt, first_of
+from scripts.data.faults import FolderError, attempt, first_of
 
 
 def failing(problem: BaseException) -> str:
@@ -32,5 +32,5 @@ def test_what_all_volumes_meet_is_no_fault_of_one() -> None:
 
 
 def test_several_faults_are_told_by_their_number() -> None:
-    assert first_of(["a"], CHECK) == "a" and first_of(["a", "b"]) == "a (1 more)"
-    assert first_of(["a", "b", "c"], CHECK) == "a (2 more; python -m scripts.datalist check lists them all)"
+    assert first_of(["a"]) == "a" and first_of(["a", "b"], of_volumes=False) == "a (1 more)"
+    assert first_of(["a", "b", "c"]) == "a (2 more; python -m scripts.datalist check lists them all)"
