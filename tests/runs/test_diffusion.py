@@ -115,6 +115,7 @@ def test_weights_are_in_the_layout_of_nv_generate_ctmr(latents: Path, tmp_path: 
     assert found["facts"] == {
         "autoencoder_sha256": "ab" * 32, "scale_factor_origin": "1 / std over all 6 training latents",
         "sizes": [[8, 4, 4], [8, 4, 6]], "spacing": [[1.5, 1.5], [1.5, 1.5], [2.0, 7.0]],
+        "field_of_view": [[48.0, 48.0], [24.0, 24.0], [32.0, 168.0]],
         "modalities": {"ct": 1, "ct_contrast": 3, "mri_t1": 9},
     }  # fmt: skip
     stock = DiffusionModelUNetMaisi(
