@@ -204,6 +204,41 @@ def entries_of(datalist: Datalist, split: str, path: str | Path) -> list[dict[st
     return datalist[split]
 
 
+def with_folders(
+    json_data_list: str | Sequence[str], knob: str, folders: str | Sequence[str] | None
+) -> list[tuple[str, str | None]]:
+    """Each datalist with the folder that its relative paths are in.
+
+    Args:
+        json_data_list: a datalist, or a list of them.
+        knob: where `folders` stand, for the error.
+        folders: one for all datalists, or one for each; None where none is given.
+
+    Raises:
+        UserError: where there are as many datalists as folders for them.
+    """
+    files = [json_data_list] if isinstance(json_data_list, str) else list(json_data_list)
+    one = folders is None or isinstance(folders, str)
+    each: list[Any] = [folders] * len(files) if one else list(folders or ())
+    if len(each) != len(files):
+        raise UserError(
+            f"{knob} has {len(each)} entries, but json_data_list {len(files)}; give one folder for each datalist, or "
+            "one for all"
+        )
+    return list(zip(files, each, strict=True))
+
+
+def identities(entries: Sequence[Mapping[str, Any]]) -> list[list[str | int]]:
+    """What must not change while a training goes on: each file's path beneath the folder of all, and its bytes.
+
+    Where that folder lies may change.
+    """
+    paths = [os.path.abspath(entry["image"]) for entry in entries]  # noqa: PTH100 (keeps links)
+    folder = os.path.commonpath([os.path.dirname(path) for path in paths])  # noqa: PTH120
+    relative = [os.path.relpath(path, folder).encode(errors="backslashreplace").decode() for path in paths]
+    return [[name, Path(path).stat().st_size] for name, path in zip(relative, paths, strict=True)]
+
+
 def load_all(
     json_data_list: str | Sequence[str],
     base_dir: str | Path | None = None,
@@ -219,16 +254,8 @@ def load_all(
     Raises:
         UserError: as `load` does; and where there are as many datalists as folders for them.
     """
-    files = [json_data_list] if isinstance(json_data_list, str) else list(json_data_list)
-    one = data_base_dir is None or isinstance(data_base_dir, str)
-    folders: list[Any] = [data_base_dir] * len(files) if one else list(data_base_dir or ())
-    if len(folders) != len(files):
-        raise UserError(
-            f"data_base_dir has {len(folders)} entries, but json_data_list {len(files)}; give one folder for each "
-            "datalist, or one for all"
-        )
     joined: Datalist = {split: [] for split in SPLITS}
-    for file, folder in zip(files, folders, strict=True):
+    for file, folder in with_folders(json_data_list, "data_base_dir", data_base_dir):
         for split, entries in load(file, folder or base_dir).items():
             joined[split] += entries
     return joined

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,6 +16,7 @@ from monai.transforms import ResizeWithPadOrCrop
 from torch.utils.data import Dataset
 
 from scripts.common.ranks import gather
+from scripts.data.datalist import identities
 from scripts.data.faults import attempt
 from scripts.data.intensity import Intensity
 from scripts.data.nifti import stem
@@ -54,14 +54,8 @@ class PatchDataset(Dataset):
         return [[Path(entry["image"]).name, entry.get("class", "ct")] for entry in self.data]
 
     def identities(self) -> list[list[str | int]]:
-        """What must not change while a training goes on: each volume's path beneath the folder of all, and its bytes.
-
-        Where that folder lies may change.
-        """
-        paths = [os.path.abspath(entry["image"]) for entry in self.data]  # noqa: PTH100 (keeps links)
-        folder = os.path.commonpath([os.path.dirname(path) for path in paths])  # noqa: PTH120
-        relative = [os.path.relpath(path, folder).encode(errors="backslashreplace").decode() for path in paths]
-        return [[name, Path(path).stat().st_size] for name, path in zip(relative, paths, strict=True)]
+        """What must not change while a training goes on; see `datalist.identities`."""
+        return identities(self.data)
 
     def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any]:
         """The patch of `(epoch, index)`, or of epoch 1 where only the index is given.

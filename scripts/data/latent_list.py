@@ -16,7 +16,7 @@ import nibabel as nib
 from scripts.common.errors import UserError, reason
 from scripts.common.files import read_json
 from scripts.common.progress import progress_bar
-from scripts.data.datalist import SPLITS
+from scripts.data.datalist import SPLITS, with_folders
 from scripts.data.faults import attempt, first_of
 from scripts.data.nifti import stem
 from scripts.data.nifti_file import check_complete, opened
@@ -110,16 +110,9 @@ def _items(
     json_data_list: str | Sequence[str], split: str, embedding_base_dir: str | Sequence[str] | None
 ) -> list[dict[str, Any]]:
     """The datalists' entries of a split, `image` being the path of the latent."""
-    files = [json_data_list] if isinstance(json_data_list, str) else list(json_data_list)
-    one = embedding_base_dir is None or isinstance(embedding_base_dir, str)
-    folders: list[Any] = [embedding_base_dir] * len(files) if one else list(embedding_base_dir or ())
-    if len(folders) != len(files):
-        raise UserError(
-            f"embedding_base_dir has {len(folders)} entries, but json_data_list {len(files)}; give one folder for each "
-            "datalist, or one for all"
-        )
+    pairs = with_folders(json_data_list, "embedding_base_dir", embedding_base_dir)
     items = []
-    for file, folder in zip(files, folders, strict=True):
+    for file, folder in pairs:
         for number, item in enumerate(_read_list(file, split)):
             image = item.get("image") if isinstance(item, dict) else None
             if not isinstance(image, str) or not image:
@@ -128,7 +121,9 @@ def _items(
             latent = (name if name.endswith("_emb") else f"{name}_emb") + ".nii.gz"
             items.append({**item, "image": os.path.abspath(Path(folder or Path(file).parent, latent))})  # noqa: PTH100
     if not items and split == "training":
-        raise UserError(f"{', '.join(files)}: the list 'training' is empty or missing; add latents to it")
+        raise UserError(
+            f"{', '.join(file for file, _ in pairs)}: the list 'training' is empty or missing; add latents to it"
+        )
     return items
 
 

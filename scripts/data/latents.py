@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import torch
 from torch.utils.data import Dataset
 
 from scripts.common.errors import UserError
+from scripts.data.datalist import identities
 from scripts.data.faults import attempt
 from scripts.data.latent_list import ENCODE, REGIONS, Entry, latent_shape, sizes
 from scripts.data.nifti_file import check_complete, opened, voxels
@@ -103,11 +103,8 @@ class LatentDataset(Dataset):
         return [[Path(entry["image"]).name, entry["modality"]] for entry in self.data]
 
     def identities(self) -> list[list[str | int]]:
-        """What must not change while a training goes on: each latent's path beneath their folder, and its bytes."""
-        folder = os.path.commonpath([os.path.dirname(entry["image"]) for entry in self.data])  # noqa: PTH120
-        relative = [os.path.relpath(entry["image"], folder) for entry in self.data]
-        names = [name.encode(errors="backslashreplace").decode() for name in relative]
-        return [[name, Path(e["image"]).stat().st_size] for name, e in zip(names, self.data, strict=True)]
+        """What must not change while a training goes on; see `datalist.identities`."""
+        return identities(self.data)
 
     def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any]:
         """The latent of `(epoch, index)`, the same in every epoch.

@@ -11,6 +11,7 @@ from typing import Any
 import ignite.distributed as idist
 import numpy as np
 import torch
+from torch import nn
 
 from scripts.networks import flow
 from scripts.networks.flow import Flow
@@ -31,6 +32,34 @@ def conditions(batch: Mapping[str, Any]) -> dict[str, Any]:
 def quarter(t: torch.Tensor) -> list[int]:
     """Which quarter of 0..1 each time (B,) is in, from 1 to 4."""
     return ((t * 4).floor().clamp(0, 3) + 1).int().tolist()
+
+
+def velocity_errors(
+    network: nn.Module,
+    noise_flow: Flow,
+    latents: torch.Tensor,
+    noise: torch.Tensor,
+    t: torch.Tensor,
+    batch: Mapping[str, Any],
+) -> torch.Tensor:
+    """The mean absolute error, in float32, of the velocity that a UNet tells of each sample, (B,).
+
+    Args:
+        network: wrapped in DistributedDataParallel or not.
+        noise_flow: whose number of timesteps the network is told.
+        latents: (B, C, X, Y, Z), scaled.
+        noise: in the same shape.
+        t: times (B,).
+        batch: has `modality` and the conditions.
+    """
+    told = predict(
+        network,
+        flow.noisy(latents, noise, t),
+        t * noise_flow.num_train_timesteps,
+        modality=batch["modality"],
+        **conditions(batch),
+    )
+    return (told.float() - flow.velocity(latents, noise)).abs().flatten(1).mean(1)
 
 
 class DiffusionTrainer(TrainingEngine):
@@ -66,16 +95,9 @@ class DiffusionTrainer(TrainingEngine):
         """One step; beside the loss, it is told by quarter of the times, `loss_quarter_<1 to 4>`, 1 nearest to data."""
         latents = batch["latent"] * self.scale_factor
         noise, t, uniform = self.draw(latents)
-        modality = flow.dropped(batch["modality"], uniform, self.label_dropout)
+        told = batch | {"modality": flow.dropped(batch["modality"], uniform, self.label_dropout)}
         with self.autocast():
-            told = predict(
-                self.networks["unet"],
-                flow.noisy(latents, noise, t),
-                t * self.flow.num_train_timesteps,
-                modality=modality,
-                **conditions(batch),
-            )
-        errors = (told.float() - flow.velocity(latents, noise)).abs().flatten(1).mean(1)
+            errors = velocity_errors(self.networks["unet"], self.flow, latents, noise, t, told)
         loss = errors.mean()
         self.update("optimizer", loss)
         return {"loss": loss} | self._by_quarter(errors.detach(), latents.shape[2:])

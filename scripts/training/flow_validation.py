@@ -11,12 +11,10 @@ import torch
 from scripts.common import ranks
 from scripts.common.errors import UserError
 from scripts.common.precision import autocast
-from scripts.networks import flow
 from scripts.networks.flow import Flow
-from scripts.networks.unet import predict
 from scripts.networks.whole_volumes import WholeVolumes
 from scripts.networks.windows import VolumeInferer
-from scripts.training.diffusion import conditions, quarter
+from scripts.training.diffusion import quarter, velocity_errors
 from scripts.training.validation import together
 
 
@@ -95,15 +93,8 @@ class FlowValidation(WholeVolumes):
             # On the CPU, so that it is the same noise on every device.
             noise = torch.randn(latent.shape, generator=torch.Generator().manual_seed(seed)).to(device)
             with autocast(device, self.dtype):
-                told = predict(
-                    self.network,
-                    flow.noisy(latent, noise, t.to(device)),
-                    t.to(device) * self.flow.num_train_timesteps,
-                    modality=batch["modality"],
-                    **conditions(batch),
-                )
-            found.append((told.float() - flow.velocity(latent, noise)).abs().mean())
-        self.errors += zip(quarter(times), torch.stack(found).tolist(), strict=True)
+                found.append(velocity_errors(self.network, self.flow, latent, noise, t.to(device), batch))
+        self.errors += zip(quarter(times), torch.cat(found).tolist(), strict=True)
 
     def finish(self) -> None:
         """Set `state.metrics`, on all ranks.

@@ -142,10 +142,9 @@ class TrainingLog:
             self._show(engine)
 
     def _show(self, engine: Any) -> None:
-        steps = [(step, names, losses) for step, _, names, losses in self.log.pending]
-        last = self.log.flush()  # waits for the device; what reads from there afterwards does not
-        for step, names, losses in steps:
-            self._watch(engine.state.epoch, step, dict(zip(names, losses.tolist(), strict=True)))
+        last = self.log.flush()
+        for step, losses in self.log.written:
+            self._watch(engine.state.epoch, step, losses)
         self.shown_at = time.perf_counter()
         if self.bar is not None and last:
             self.bar.set_postfix({name: f"{last[name]:.3g}" for name in self.shown if name in last}, refresh=False)

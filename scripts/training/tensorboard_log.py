@@ -33,6 +33,7 @@ class TensorBoardLog:
         self.training, self.resumed = uuid.uuid4().hex[:8], False  # the training's name in its files' names
         self._writer: SummaryWriter | None = None
         self.pending: list[tuple[int, float, list[str], torch.Tensor]] = []  # step, rate, names, losses
+        self.written: list[tuple[int, dict[str, float]]] = []  # step and losses, of those that `flush` wrote last
         self.sums: dict[str, float] = {}
         self.counts: dict[str, int] = {}  # steps differ in what they log
 
@@ -68,6 +69,7 @@ class TensorBoardLog:
 
     def flush(self) -> dict[str, float]:
         """Write the steps that were taken, and return the losses of the last one; none where there was none."""
+        self.written.clear()
         if not self.pending:
             return {}
         # One copy for all steps; steps may differ in what they log.
@@ -75,6 +77,7 @@ class TensorBoardLog:
         for step, rate, names, _ in self.pending:
             values = dict(zip(names, flat, strict=False))
             self.write_scalars("train_iter", values | {"learning_rate": rate}, step)
+            self.written.append((step, values))
             if all(map(math.isfinite, values.values())):
                 for name, value in values.items():
                     self.sums[name] = self.sums.get(name, 0.0) + value

@@ -9,7 +9,18 @@ from typing import Any
 import pytest
 import torch
 
-from tests.helpers import MULTI_GPU, TINY, TRAIN, break_volume, finish, folders, run, scalars, start_ranks
+from tests.helpers import (
+    MULTI_GPU,
+    TINY,
+    TRAIN,
+    break_volume,
+    finish,
+    folders,
+    kept_phantoms,
+    run,
+    scalars,
+    start_ranks,
+)
 
 EXACT = TINY | {"autoencoder_train#n_epochs": 1, "autoencoder_train#amp": False}
 
@@ -27,9 +38,9 @@ def validation(folder: Path) -> dict[str, float]:
 
 
 @pytest.fixture
-def odd_datalist(datalist: Path, tmp_path: Path) -> Path:
+def odd_datalist(tmp_path: Path) -> Path:
     """Six volumes to train on and three to validate."""
-    content = json.loads(datalist.read_text())
+    content = kept_phantoms(tmp_path)
     content["training"] = (content["training"] * 2)[:6]
     content["validation"].append(content["training"][0])
     path = tmp_path / "odd.json"
@@ -44,8 +55,7 @@ def test_two_ranks_take_the_steps_of_one_process_with_twice_the_batch(odd_datali
     for name in ("autoencoder", "discriminator"):
         expected, found = weights(one, name), weights(two, name)
         assert expected.keys() == found.keys()
-        errors = torch.cat([(expected[key] - found[key]).abs().flatten() for key in expected])
-        assert errors.quantile(0.99) < 1e-5 and errors.max() < 1e-3  # rounding, which Adam magnifies here and there
+        assert max(float((expected[key] - found[key]).abs().max()) for key in expected) < 1e-5
     assert {p.name for p in (two / "models").iterdir()} == {p.name for p in (one / "models").iterdir()}
     logs = [scalars(folder / "outputs/tfevent_ct/autoencoder") for folder in (one, two)]
     assert len(list((two / "outputs/tfevent_ct/autoencoder").iterdir())) == 1

@@ -7,11 +7,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
-from tests.helpers import TINY, folders, oriented_affine, run, same, save_nifti, workflow
+from tests.helpers import TINY, folders, kept_phantoms, run, same, workflow
 
 WRITTEN = Path("tests/runs/version_0_3")
 OPTIONS = TINY | {
@@ -27,12 +26,8 @@ OPTIONS = TINY | {
 
 @pytest.fixture
 def options(tmp_path: Path) -> dict[str, Any]:
-    """With the phantoms of 0.3, 40 x 36 x 44 voxels of 8 x 8 x 9 mm: four to train, two to validate."""
-    affine = oriented_affine("LPS", (8.0, 8.0, 9.0))
-    written = np.load(WRITTEN / "phantoms.npz")
-    entries = [{"image": str(save_nifti(tmp_path / f"{name}.nii.gz", written[name], affine))} for name in written]
     datalist = tmp_path / "datalist.json"
-    datalist.write_text(json.dumps({"training": entries[:4], "validation": entries[4:]}))
+    datalist.write_text(json.dumps(kept_phantoms(tmp_path)))
     places = folders(tmp_path, datalist)
     Path(places["model_dir"]).mkdir()
     shutil.copy(WRITTEN / "checkpoint.pt", places["model_dir"])
