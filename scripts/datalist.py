@@ -7,7 +7,7 @@ python -m scripts.datalist check data/datalist_ct.json
 from __future__ import annotations
 
 from scripts.common.words import door
-from scripts.data.datalist import build
+from scripts.data.build import build
 from scripts.data.examine import check
 
 if __name__ == "__main__":

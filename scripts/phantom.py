@@ -1,4 +1,4 @@
-"""Synthetic thorax-like CT volumes in Hounsfield units, for the demo and the tests.
+"""Synthetic thorax-like CT volumes in Hounsfield units, with label maps, for the demo and the tests.
 
 python -m scripts.phantom write --output_dir data/phantom --count 12
 """
@@ -6,6 +6,7 @@ python -m scripts.phantom write --output_dir data/phantom --count 12
 from __future__ import annotations
 
 from collections.abc import Sequence
+from enum import IntEnum
 from pathlib import Path
 
 import nibabel as nib
@@ -22,19 +23,39 @@ AIR, LUNG, FAT, MUSCLE, BLOOD, LIVER, BONE, MARROW, DISC = -1000, -850, -100, 50
 Point = Sequence[float] | np.ndarray
 
 
+class Label(IntEnum):
+    """Numbers of NV-Generate-CTMR's label maps; one lobe stands for each lung, one vertebra or rib for all of them."""
+
+    NONE = 0
+    LIVER = 1
+    AORTA = 6
+    LEFT_LUNG = 28
+    RIGHT_LUNG = 30
+    VERTEBRA = 42
+    LEFT_RIB = 67
+    RIGHT_RIB = 79
+    HEART = 115
+    SPINAL_CORD = 121
+    STERNUM = 122
+    BODY = 200
+
+
 class _Canvas:
-    """A float32 volume in HU with coordinates in mm about its centre; shapes are painted one over another."""
+    """A float32 volume in HU, and its uint8 label map, with coordinates in mm about their centre; shapes are painted
+    one over another."""
 
     def __init__(self, shape: Sequence[int], spacing: Sequence[float], taper: float) -> None:
         self.voxel = float(np.mean(spacing))
         axes = [(np.arange(n, dtype=np.float32) - (n - 1) / 2) * s for n, s in zip(shape, spacing, strict=True)]
         self.x, self.y, self.z = np.meshgrid(*axes, indexing="ij", sparse=True)
         self.hu = np.full(tuple(shape), AIR, dtype=np.float32)
+        self.labels = np.zeros(tuple(shape), dtype=np.uint8)
         top = np.clip(self.z / abs(axes[2][0]), 0, 1)
         self.taper = 1 - taper * top**2  # a chest is narrower at its top
 
-    def paint(self, mask: np.ndarray, hu: float | np.ndarray) -> None:
+    def paint(self, mask: np.ndarray, hu: float | np.ndarray, label: int | np.ndarray) -> None:
         np.copyto(self.hu, hu, where=mask)
+        np.copyto(self.labels, np.uint8(label), where=mask)
 
     def ellipse(self, centre: Point, radii: Point) -> np.ndarray:
         """Squared radius (1 on the border) of an elliptic cylinder along z, which follows the taper of the chest."""
@@ -89,7 +110,8 @@ def _paint_lung(
     lobe = canvas.ellipsoid(centre, (0.43 * inner[0], 0.82 * inner[1], 0.95 * extent[2]))
     dome = diaphragm + 0.25 * extent[2] * (1 - ((canvas.x - centre[0]) / (0.5 * inner[0])) ** 2)
     air = (lobe < 1) & (canvas.z > dome)
-    canvas.paint(air, hu - 60 * canvas.y / inner[1])  # what lies lowest is fullest
+    label = Label.LEFT_LUNG if side < 0 else Label.RIGHT_LUNG
+    canvas.paint(air, hu - 60 * canvas.y / inner[1], label)  # what lies lowest is fullest
     hilum = np.array([side * 0.2 * inner[0], 0.0, 0.1 * extent[2]])
     for _ in range(4):
         direction = np.array([side, rng.normal(0, 0.6), rng.normal(0, 0.7)])
@@ -101,17 +123,18 @@ def _paint_skeleton(canvas: _Canvas, rng: np.random.Generator, chest: np.ndarray
     vertebra, pitch = 0.13 * body[0], rng.uniform(24, 30)
     phase = np.mod(canvas.z / pitch + rng.uniform(), 1.0)
     column = canvas.ellipse(spine, (vertebra, 0.8 * vertebra))
-    canvas.paint(column < 1, BONE)
-    canvas.paint(column < 0.75, MARROW)
-    canvas.paint((column < 0.9) & (phase < 0.2), DISC)
+    canvas.paint(column < 1, BONE, Label.VERTEBRA)
+    canvas.paint(column < 0.75, MARROW, Label.VERTEBRA)
+    canvas.paint((column < 0.9) & (phase < 0.2), DISC, Label.BODY)
     canal = spine - [0, 1.35 * vertebra, 0]
-    canvas.paint(canvas.ellipse(canal, (0.7 * vertebra, 0.6 * vertebra)) < 1, BONE)
-    canvas.paint(canvas.ellipse(canal, (0.45 * vertebra, 0.4 * vertebra)) < 1, 20)
+    canvas.paint(canvas.ellipse(canal, (0.7 * vertebra, 0.6 * vertebra)) < 1, BONE, Label.VERTEBRA)
+    canvas.paint(canvas.ellipse(canal, (0.45 * vertebra, 0.4 * vertebra)) < 1, 20, Label.SPINAL_CORD)
     # Ribs: bands of the chest wall that fall from back to front.
     shell = np.sqrt(chest)
     band = np.mod((canvas.z + rng.uniform(0.3, 0.5) * canvas.y) / pitch, 1.0)
-    canvas.paint((np.abs(shell - 1.06) < 0.06) & (band < 0.4) & (np.abs(canvas.x) > 0.12 * body[0]), BONE)
-    canvas.paint(canvas.ellipse((0, 0.84 * body[1], 0), (0.1 * body[0], 0.05 * body[1])) < 1, MARROW)
+    ribs = (np.abs(shell - 1.06) < 0.06) & (band < 0.4) & (np.abs(canvas.x) > 0.12 * body[0])
+    canvas.paint(ribs, BONE, np.where(canvas.x < 0, Label.LEFT_RIB, Label.RIGHT_RIB))
+    canvas.paint(canvas.ellipse((0, 0.84 * body[1], 0), (0.1 * body[0], 0.05 * body[1])) < 1, MARROW, Label.STERNUM)
 
 
 def _blur(hu: np.ndarray) -> None:
@@ -126,6 +149,13 @@ def _blur(hu: np.ndarray) -> None:
 def make_phantom(
     shape: Sequence[int] = (96, 96, 96), spacing: Sequence[float] = (4.0, 4.0, 4.0), seed: int = 0
 ) -> np.ndarray:
+    """The volume of `labelled_phantom`."""
+    return labelled_phantom(shape, spacing, seed)[0]
+
+
+def labelled_phantom(
+    shape: Sequence[int] = (96, 96, 96), spacing: Sequence[float] = (4.0, 4.0, 4.0), seed: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
     """A thorax in RAS axes: body wall, lungs with vessels, heart, aorta, liver, spine, ribs, table, noise.
 
     Args:
@@ -134,16 +164,17 @@ def make_phantom(
         seed: chooses the anatomy and the noise; the same seed gives the same volume.
 
     Returns:
-        int16 array of `shape` in HU, within -1024..1500.
+        int16 array of `shape` in HU, within -1024..1500; and uint8 array of `shape`, the label map, in the numbers of
+        NV-Generate-CTMR: 0 for air around the body and the table, 200 for what has no number of its own.
     """
     rng = np.random.default_rng(seed)
     canvas = _Canvas(shape, spacing, taper=rng.uniform(0.1, 0.35))
     extent = np.array(shape) * np.array(spacing) / 2
     body = extent[:2] * rng.uniform([0.80, 0.62], [0.92, 0.74])
     outline = canvas.ellipse((0, 0), body)
-    canvas.paint(outline < 1, FAT + rng.normal(0, 8))
+    canvas.paint(outline < 1, FAT + rng.normal(0, 8), Label.BODY)
     wall = canvas.ellipse((0, 0), body - rng.uniform(5, 22))
-    canvas.paint(wall < 1, MUSCLE + rng.normal(0, 6))
+    canvas.paint(wall < 1, MUSCLE + rng.normal(0, 6), Label.BODY)
     inner = 0.78 * body
     chest = canvas.ellipse((0, 0.02 * body[1]), inner)
     diaphragm = -extent[2] * rng.uniform(0.25, 0.6)
@@ -151,18 +182,22 @@ def make_phantom(
     for side in (-1, 1):
         _paint_lung(canvas, rng, side, inner, extent, diaphragm, lung)
     heart = np.array([-0.16 * inner[0], 0.2 * inner[1], diaphragm + 0.35 * extent[2]])
-    canvas.paint(canvas.ellipsoid(heart, (0.36 * inner[0], 0.42 * inner[1], 0.4 * extent[2])) < 1, BLOOD - 90)
-    canvas.paint(canvas.ellipsoid(heart, (0.2 * inner[0], 0.25 * inner[1], 0.22 * extent[2])) < 1, BLOOD)
+    canvas.paint(
+        canvas.ellipsoid(heart, (0.36 * inner[0], 0.42 * inner[1], 0.4 * extent[2])) < 1, BLOOD - 90, Label.HEART
+    )
+    canvas.paint(canvas.ellipsoid(heart, (0.2 * inner[0], 0.25 * inner[1], 0.22 * extent[2])) < 1, BLOOD, Label.HEART)
     liver = (0.3 * inner[0], 0.05 * inner[1], diaphragm - 0.4 * extent[2])
     organ = canvas.ellipsoid(liver, (0.6 * inner[0], 0.75 * inner[1], 0.6 * extent[2]))
-    canvas.paint((organ < 1) & (chest < 1), LIVER + rng.normal(0, 8))
+    canvas.paint((organ < 1) & (chest < 1), LIVER + rng.normal(0, 8), Label.LIVER)
     _paint_skeleton(canvas, rng, chest, body)
-    canvas.paint(canvas.ellipse((-0.12 * inner[0], -0.42 * body[1]), (0.09 * inner[0],) * 2) < 1, BLOOD)
-    canvas.paint((canvas.y < -body[1] - 8) & (canvas.y > -body[1] - 14) & (np.abs(canvas.x) < 0.7 * body[0]), -300)
+    canvas.paint(canvas.ellipse((-0.12 * inner[0], -0.42 * body[1]), (0.09 * inner[0],) * 2) < 1, BLOOD, Label.AORTA)
+    canvas.paint(
+        (canvas.y < -body[1] - 8) & (canvas.y > -body[1] - 14) & (np.abs(canvas.x) < 0.7 * body[0]), -300, Label.NONE
+    )
     _blur(canvas.hu)
     canvas.hu += rng.standard_normal(canvas.hu.shape, dtype=np.float32) * rng.uniform(20, 40)
     _blur(canvas.hu)  # noise too is as smooth as the scanner makes it
-    return np.clip(np.rint(canvas.hu), -1024, 1500).astype(np.int16)
+    return np.clip(np.rint(canvas.hu), -1024, 1500).astype(np.int16), canvas.labels
 
 
 def phantom_image(
@@ -172,12 +207,15 @@ def phantom_image(
     axcodes: str = "LPS",
 ) -> nib.Nifti1Image:
     """`make_phantom` as a NIfTI image stored in the orientation `axcodes`, with a scanner-like affine in mm."""
+    return _image(make_phantom(shape, spacing, seed), spacing, axcodes)
+
+
+def _image(data: np.ndarray, spacing: Sequence[float], axcodes: str) -> nib.Nifti1Image:
     affine = np.diag([*spacing, 1.0])
-    affine[:3, 3] = -(np.array(shape) - 1) / 2 * np.array(spacing) + [0, -150, 800]
-    data = make_phantom(shape, spacing, seed)
+    affine[:3, 3] = -(np.array(data.shape) - 1) / 2 * np.array(spacing) + [0, -150, 800]
     change = ornt_transform(axcodes2ornt(("R", "A", "S")), axcodes2ornt(tuple(axcodes)))
-    data = nib.orientations.apply_orientation(data, change)
-    image = nib.Nifti1Image(np.asarray(data, dtype=np.int16), affine @ inv_ornt_aff(change, shape))
+    stored = nib.orientations.apply_orientation(data, change)
+    image = nib.Nifti1Image(np.asarray(stored, dtype=data.dtype), affine @ inv_ornt_aff(change, data.shape))
     image.header.set_xyzt_units("mm")
     return image
 
@@ -189,13 +227,20 @@ def write(
     spacing: Sequence[float] = (4.0, 4.0, 4.0),
     seed: int = 0,
     axcodes: str = "LPS",
+    labels: bool = False,
 ) -> str:
-    """Write `count` phantoms as `output_dir/phantom_000.nii.gz`, ...; what is there already is kept."""
+    """Write `count` phantoms as `output_dir/phantom_000.nii.gz`, ...; what is there already is kept.
+
+    With `labels`, the label map of each is written beside it, `phantom_000_label.nii.gz`, ...
+    """
     folder = Path(output_dir)
-    paths = [folder / f"phantom_{i:03d}.nii.gz" for i in range(count)]
-    for i, path in enumerate(tqdm(paths, desc="phantoms", unit="volume")):
-        if not path.exists():
-            save_nifti(phantom_image(shape, spacing, seed + i, axcodes), path)
+    for i in tqdm(range(count), desc="phantoms", unit="volume"):
+        paths = [folder / f"phantom_{i:03d}{ending}.nii.gz" for ending in (("", "_label") if labels else ("",))]
+        if all(path.exists() for path in paths):
+            continue
+        for path, data in zip(paths, labelled_phantom(shape, spacing, seed + i), strict=False):
+            if not path.exists():
+                save_nifti(_image(data, spacing, axcodes), path)
     return f"{count} phantoms in {folder}"
 
 

@@ -1,139 +1,20 @@
-"""Datalists: which volumes train, validate and test; how they are built, and how they are read."""
+"""Datalists: which volumes train, validate and test."""
 
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from scripts.common.errors import UserError, reason
-from scripts.common.files import read_json, write_json
-from scripts.data.nifti import stem
-from scripts.data.search import find
+from scripts.common.files import read_json
 
 SPLITS = ("training", "validation", "testing")
 CLASSES = ("ct", "mri")
+KEYS = ("image", "label", "class", "source_label")  # of an entry; the last, of what configs/generate.json made
 Datalist = dict[str, list[dict[str, str]]]
-
-
-def _find(folder: str, pattern: str | None) -> list[Path]:
-    if not Path(folder).is_dir():
-        raise UserError(f"{folder}: no such folder; correct --train_dir, --val_dir, --test_dir or --data_dir")
-    found = find(folder, pattern)
-    print(f"{folder}: {found}")
-    if not found.files:
-        what = f"no file matches the pattern {pattern!r}; correct --pattern (quote it)" if pattern else "no NIfTI file"
-        raise UserError(f"{folder}: {what}")
-    names: dict[str, Path] = {}
-    for file in found.files:
-        if (other := names.setdefault(stem(str(file)), file)) != file:
-            raise UserError(f"{file}: has the name of {other}; choose between them by --pattern, '*.nii.gz' say")
-    return found.files
-
-
-def _split(
-    files: Sequence[Path], fractions: Mapping[str, float], seed: int, group_by: str | None
-) -> dict[str, list[Path]]:
-    """Deal groups of files (one group a patient) to the splits, at random, until each has its share of files."""
-    groups: dict[str, list[Path]] = {}
-    for file in files:
-        match = re.search(group_by, str(file)) if group_by else None
-        if group_by and match is None:
-            raise UserError(f"{file}: --group_by {group_by!r} finds nothing in this path; correct the expression")
-        key = (match.group(1) if match.re.groups else match.group(0)) if match else str(file)
-        groups.setdefault(key, []).append(file)
-    names = sorted(groups)
-    order = np.random.default_rng(seed).permutation(len(names))
-    splits: dict[str, list[Path]] = {split: [] for split in SPLITS}
-    for index in order:
-        group = groups[names[index]]
-        takes = (s for s in ("validation", "testing") if len(splits[s]) < round(fractions[s] * len(files)))
-        splits[next(takes, "training")] += group
-    return splits
-
-
-def build(
-    output: str = "data/datalist_ct.json",
-    train_dir: str | None = None,
-    val_dir: str | None = None,
-    test_dir: str | None = None,
-    data_dir: str | None = None,
-    pattern: str | None = None,
-    val_fraction: float = 0.1,
-    test_fraction: float = 0.1,
-    seed: int = 0,
-    group_by: str | None = None,
-    relative_to: str | None = None,
-    modality: str = "ct",
-) -> None:
-    """Write a datalist from a folder for each split, or from one folder that is split at random.
-
-    Args:
-        output: the JSON file to write; the same input gives the same bytes.
-        train_dir: folder of the training volumes, searched with its subfolders (so are the others).
-        val_dir: folder of the validation volumes.
-        test_dir: folder of the test volumes; may be left out.
-        data_dir: one folder for all, instead of the three.
-        pattern: which files, as a glob (quote it); all `.nii` and `.nii.gz` files where it is left out. Links are
-            followed, hidden files left out.
-        val_fraction: share of the files of `data_dir` to validate on.
-        test_fraction: share of the files of `data_dir` to test on.
-        seed: of the random split.
-        group_by: regular expression on the path; files with the same match (its first group, if it has one)
-            land in one split, so that no patient is in two.
-        relative_to: write paths relative to this folder instead of absolute.
-        modality: `class` of the entries, "ct" or "mri".
-    """
-    if modality not in CLASSES:
-        raise UserError(f"--modality {modality!r} is unknown; use one of {', '.join(CLASSES)}")
-    if data_dir is not None:
-        if train_dir or val_dir or test_dir:
-            raise UserError("--data_dir excludes --train_dir, --val_dir and --test_dir; give one or the other")
-        fractions = {"validation": val_fraction, "testing": test_fraction}
-        splits = _split_folder(data_dir, pattern, fractions, seed, group_by)
-    elif train_dir and val_dir:
-        folders = zip(SPLITS, (train_dir, val_dir, test_dir), strict=True)
-        splits = {split: _find(folder, pattern) if folder else [] for split, folder in folders}
-    else:
-        raise UserError("give --train_dir and --val_dir (and --test_dir), or --data_dir")
-    _write(output, splits, relative_to, modality)
-
-
-def _split_folder(
-    folder: str, pattern: str | None, fractions: Mapping[str, float], seed: int, group_by: str | None
-) -> dict[str, list[Path]]:
-    val_fraction, test_fraction = fractions.values()
-    if min(val_fraction, test_fraction) < 0 or val_fraction + test_fraction >= 1:
-        raise UserError(f"--val_fraction {val_fraction} and --test_fraction {test_fraction} leave no training data")
-    splits = _split(_find(folder, pattern), fractions, seed, group_by)
-    for split in ("training", *(s for s, fraction in fractions.items() if fraction)):
-        if not splits[split]:
-            raise UserError(
-                f"{folder}: the {split} list would be empty (too few files or groups); "
-                "change --val_fraction, --test_fraction or --group_by"
-            )
-    return splits
-
-
-def _write(output: str, splits: Mapping[str, Sequence[Path]], relative_to: str | None, modality: str) -> None:
-    absolute = {split: [_entry(file, None, modality) for file in files] for split, files in splits.items()}
-    if shared := shared_volumes(absolute, within=False):
-        raise UserError(f"{shared[0]}; a volume may be in one split only")
-    datalist = {split: [_entry(f, relative_to, modality) for f in sorted(files)] for split, files in splits.items()}
-    write_json(output, datalist)
-    for split, files in splits.items():
-        print(f"{split:<10} {len(files):>6} files {sum(f.stat().st_size for f in files) / 1e9:>9.2f} GB")
-    print(f"datalist written to {Path(output)}")
-
-
-def _entry(path: Path, relative_to: str | None, modality: str) -> dict[str, str]:
-    absolute = os.path.abspath(path)  # noqa: PTH100 (keeps links, which resolve() would not)
-    return {"image": os.path.relpath(absolute, relative_to) if relative_to else absolute, "class": modality}
 
 
 def load(path: str | Path, base_dir: str | Path | None = None) -> Datalist:
@@ -141,9 +22,10 @@ def load(path: str | Path, base_dir: str | Path | None = None) -> Datalist:
 
     Args:
         path: a JSON file with the lists `training`, `validation` and perhaps `testing`, of entries
-            `{"image": path, "class": "ct" or "mri"}` (`class` may be left out: "ct").
-        base_dir: what relative paths are relative to, where the volume is there; else the datalist's own folder,
-            or the working directory.
+            `{"image": path, "label": path of its label map, "class": "ct" or "mri"}` (`label` may be left out, and
+            `class`: "ct"; generated volumes may have `source_label`, the path of the map that `label` was made of).
+        base_dir: what relative paths are relative to, where the file is there; else the datalist's own folder, or the
+            working directory.
 
     Raises:
         UserError: naming the file and the key, what is wrong and what to do.
@@ -179,22 +61,30 @@ def _suggest(key: str, known: Sequence[str]) -> str:
 
 
 def _checked_entry(entry: object, where: str, folders: Sequence[Path]) -> dict[str, str]:
-    known = ("image", "class")
     if not isinstance(entry, dict):
         raise UserError(f"{where} is a {type(entry).__name__}, not an object like {{'image': path, 'class': 'ct'}}")
     for key in entry:
-        if key not in known:
-            raise UserError(f"{where} has the unknown key {key!r}{_suggest(key, known)}; the keys are image and class")
-    image, modality = entry.get("image"), entry.get("class", "ct")
-    if not isinstance(image, str) or not image:
-        raise UserError(f"{where} has no image path (image is {image!r}); give the path of a .nii.gz file")
+        if key not in KEYS:
+            close = _suggest(key, KEYS)
+            raise UserError(f"{where} has the unknown key {key!r}{close}; the keys are image, label and class")
+    paths = {}
+    for key in ("image", *(key for key in ("label", "source_label") if key in entry)):
+        if not isinstance(path := entry.get(key), str) or not path:
+            raise UserError(f"{where} has no {key} path ({key} is {path!r}); give the path of a .nii.gz file")
+        paths[key] = located(path, folders)
+    modality = entry.get("class", "ct")
     if not isinstance(modality, str) or modality.lower() not in CLASSES:
         raise UserError(f"{where} has class {modality!r}; use one of {', '.join(CLASSES)}")
-    if image.startswith("~/"):
-        image = str(Path(image).expanduser())
-    if not Path(image).is_absolute():
-        image = str((next((f for f in folders if (f / image).exists()), folders[0]) / image).absolute())
-    return {"image": image, "class": modality.lower()}
+    return {**paths, "class": modality.lower()}
+
+
+def located(path: str, folders: Sequence[Path]) -> str:
+    """A path of a datalist, relative to the first of `folders` that has such a file, else to the first of all."""
+    if path.startswith("~/"):
+        path = str(Path(path).expanduser())
+    if Path(path).is_absolute():
+        return path
+    return str((next((f for f in folders if (f / path).exists()), folders[0]) / path).absolute())
 
 
 def entries_of(datalist: Datalist, split: str, path: str | Path) -> list[dict[str, str]]:

@@ -15,11 +15,15 @@ import torch
 from monai.transforms import ResizeWithPadOrCrop
 from torch.utils.data import Dataset
 
+from scripts.common.errors import UserError
 from scripts.common.ranks import gather
 from scripts.data.datalist import identities
+from scripts.data.dealing import dealt
 from scripts.data.faults import attempt
 from scripts.data.intensity import Intensity
+from scripts.data.labels import BODY, MOST, check_grid, read_labels, with_body
 from scripts.data.nifti import stem
+from scripts.data.nifti_file import opened
 from scripts.data.patches import RandomPatch
 from scripts.data.store import Store, read_volume
 
@@ -111,6 +115,16 @@ class WholeVolumeDataset(Dataset):
         voxels = torch.from_numpy(np.ascontiguousarray(data))[None, None]
         return {**entry, "voxels": voxels, "affine": affine, "spacing": spacing, "intensity": intensity}
 
+    def sizes(self) -> list[tuple[int, ...]]:
+        """Three sizes of each volume in voxels, by the headers of the files; () where there is none to be read."""
+
+        def one(entry: Mapping[str, str]) -> tuple[int, ...]:
+            with opened(Path(entry["image"])) as (image, _):
+                return tuple(image.shape[:3])
+
+        with ThreadPoolExecutor(16) as pool:
+            return [size or () for size, _ in pool.map(lambda entry: attempt(entry, lambda: one(entry)), self.data)]
+
     def _read(self, entry: Mapping[str, str]) -> tuple[np.ndarray, np.ndarray, Intensity]:
         """Voxels, affine and intensity of an entry."""
         raise NotImplementedError
@@ -130,6 +144,43 @@ class Volumes(WholeVolumeDataset):
 
     def _read(self, entry: Mapping[str, str]) -> tuple[np.ndarray, np.ndarray, Intensity]:
         return read_volume(entry, self.select_channel)
+
+
+class LabelledVolumes(Volumes):
+    """The same, each with its label map, where it has one.
+
+    Args:
+        data: entries with `image`, the path, and perhaps `label`, that of the map, `class` and `name`.
+        select_channel: of 4D MRI volumes.
+        body_label: what the rest of the body becomes in the maps of CT, see `labels.with_body`; None leaves it.
+
+    Raises:
+        UserError: for a `body_label` that is no label.
+    """
+
+    def __init__(
+        self, data: Sequence[Mapping[str, str]], select_channel: int = 0, body_label: int | None = BODY
+    ) -> None:
+        super().__init__(data, select_channel)
+        if body_label is not None and (type(body_label) is not int or not 0 < body_label <= MOST):
+            raise UserError(f"body_label is {body_label!r}; use a label from 1 to {MOST}, {BODY} say, or null for none")
+        self.body_label = body_label
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """A volume, and `labels`, (1, 1, X, Y, Z) uint8 on its grid; `error` also where the map cannot be used."""
+        volume = super().__getitem__(index)
+        if "error" in volume or "label" not in volume:
+            return volume
+        labels, error = attempt(volume, lambda: self._labels(volume))
+        return volume | ({"error": error} if labels is None else {"labels": labels})
+
+    def _labels(self, volume: Mapping[str, Any]) -> torch.Tensor:
+        labels, affine = read_labels(volume["label"])
+        hu = volume["voxels"][0, 0].numpy()
+        check_grid(volume["label"], (labels.shape, affine), volume["image"], (hu.shape, volume["affine"]))
+        if self.body_label is not None and volume["class"] == "ct":
+            labels = with_body(labels, hu, self.body_label)
+        return torch.from_numpy(np.ascontiguousarray(labels))[None, None]
 
 
 class StoredVolumes(WholeVolumeDataset):
@@ -152,6 +203,10 @@ class StoredVolumes(WholeVolumeDataset):
         """How many voxels item `index` has."""
         return math.prod(self.patch_size or self.store.open(self.data[index]).shape)
 
+    def sizes(self) -> list[tuple[int, ...]]:
+        """Three sizes of each item."""
+        return super().sizes() if self.patch_size is None else [tuple(self.patch_size)] * len(self)
+
     def _read(self, entry: Mapping[str, str]) -> tuple[np.ndarray, np.ndarray, Intensity]:
         volume = self.store.open(entry)
         data = volume.read([slice(0, n) for n in volume.shape])
@@ -163,6 +218,8 @@ class StoredVolumes(WholeVolumeDataset):
 
 class NamedItems(Protocol):
     """A dataset of items that have names: whole volumes, or what volumes are to be made of.
+
+    One that knows how large they are has `sizes()`: of all, in voxels.
 
     Attributes:
         data: what is known of each before it is read: `name`; and `image`, its file, or what messages call it.
@@ -182,7 +239,7 @@ class VolumeLoader:
         dataset: of all volumes.
         skip: whether a volume, by its name and its file, has its results already; None takes every volume.
         rank: of this process.
-        num_ranks: among which the volumes are shared.
+        num_ranks: among which the volumes are dealt, by their sizes where these are known.
 
     Attributes:
         done: how many of all volumes are skipped.
@@ -199,8 +256,12 @@ class VolumeLoader:
         self.dataset = dataset
         every = enumerate(dataset.data)
         missing = [i for i, entry in every if skip is None or not skip(entry["name"], entry["image"])]
-        missing = gather(missing)[0]  # as rank 0 sees it: another one may already be at work
-        self.done, self.indices = len(dataset) - len(missing), missing[rank::num_ranks]
+        known = getattr(dataset, "sizes", None) if num_ranks > 1 else None
+        sizes = known() if known else [()] * len(dataset)
+        # As rank 0 sees it: another one may already be at work.
+        missing, costs = gather((missing, [math.prod(sizes[i]) for i in missing]))[0]
+        self.done = len(dataset) - len(missing)
+        self.indices = [missing[place] for place in dealt(costs, num_ranks)[rank]]
 
     def __len__(self) -> int:
         return len(self.indices)

@@ -13,6 +13,7 @@ from scripts.common.errors import UserError
 from scripts.data.datalist import entries_of, load, shared_volumes
 from scripts.data.faults import attempt, first_of
 from scripts.data.intensity import CT_WINDOW
+from scripts.data.labels import BODY, Grid, check_grid, read_labels
 from scripts.data.nifti import CT_LIMIT, Header, read_header
 from scripts.data.store import read_volume
 
@@ -39,11 +40,16 @@ def check_headers(entries: Sequence[Mapping[str, str]], num_workers: int = 16, p
 
 @dataclass
 class Findings:
-    """What `check` found out about one volume; `problems` stop training, `warnings` do not."""
+    """What `check` found out about one volume; `problems` stop training, `warnings` do not.
+
+    Attributes:
+        labels: how many voxels each label of its label map has; None where it has no map.
+    """
 
     text: str
     problems: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    labels: dict[int, int] | None = None
 
 
 def examine(entry: Mapping[str, str]) -> Findings:
@@ -55,7 +61,7 @@ def examine(entry: Mapping[str, str]) -> Findings:
 def _described(entry: Mapping[str, str]) -> Findings:
     path, modality = entry["image"], entry.get("class", "ct")
     header = read_header(path, modality)
-    data, _, _ = read_volume(entry)
+    data, affine, _ = read_volume(entry)
     low, median, high = np.percentile(data, (1, 50, 99))
     outside = float(((data < CT_WINDOW[0]) | (data > CT_WINDOW[1])).mean())
     size = " x ".join(map(str, header.shape))
@@ -76,7 +82,48 @@ def _described(entry: Mapping[str, str]) -> Findings:
         found.warnings.append(f"{path}: only {min(header.shape)} slices along one axis; patches will be padded")
     if not all(SPACINGS[0] <= s <= SPACINGS[1] for s in header.spacing):
         found.warnings.append(f"{path}: voxels of {spacing} mm; is its unit of length right?")
+    if "label" in entry:
+        found.labels = _counted(entry, (data.shape, affine))
+        found.text += f"  {len(found.labels)} labels" + ("" if BODY in found.labels else f", no {BODY}")
     return found
+
+
+def _counted(entry: Mapping[str, str], grid: Grid) -> dict[int, int]:
+    """How many voxels each label but 0 has in the label map of a volume, whose grid it must have."""
+    labels, affine = read_labels(entry["label"])
+    check_grid(entry["label"], (labels.shape, affine), entry["image"], grid)
+    counts = np.bincount(labels.ravel(), minlength=BODY + 1)
+    return {int(label): int(counts[label]) for label in np.flatnonzero(counts) if label}
+
+
+def _about_labels(known: Sequence[tuple[Mapping[str, str], Findings]]) -> tuple[list[str], list[str]]:
+    """The lines of a table of all labels, and warnings; neither where no volume has a label map.
+
+    Args:
+        known: the entries of the volumes that can be read, and what was found out about them.
+    """
+    maps = [found.labels for _, found in known if found.labels is not None]
+    if not maps:
+        return [], []
+    lines = [
+        f"\n{len(maps)} of {len(known)} volumes have label maps",
+        "  label  volumes  voxels, median of these volumes",
+    ]
+    for label in sorted(set().union(*maps)):
+        voxels = [labels[label] for labels in maps if label in labels]
+        lines.append(f"  {label:>5}  {len(voxels):>7}  {np.median(voxels):>14.0f}")
+    warnings = []
+    if bare := [entry["image"] for entry, found in known if found.labels is None]:
+        warnings.append(
+            f"{bare[0]}: has no label map, as {len(bare)} of {len(known)} volumes; no ControlNet can be trained on them"
+        )
+    of_ct = [(entry, found.labels) for entry, found in known if entry.get("class", "ct") == "ct"]
+    if lacking := [entry["label"] for entry, labels in of_ct if labels is not None and BODY not in labels]:
+        warnings.append(
+            f"{lacking[0]}: has no label {BODY} (body), as {len(lacking)} of {len(maps)} label maps; encode.json gives "
+            "it to the rest of the body, found by HU (body_label)"
+        )
+    return lines, warnings
 
 
 def check(file: str, num_workers: int = 4, strict: bool = False, base_dir: str | None = None) -> None:
@@ -93,16 +140,22 @@ def check(file: str, num_workers: int = 4, strict: bool = False, base_dir: str |
     entries_of(datalist, "validation", file)
     problems: list[str] = []
     warnings = shared_volumes(datalist)
+    known: list[tuple[Mapping[str, str], Findings]] = []
     for split, entries in datalist.items():
         if not entries:
             continue
         with ThreadPoolExecutor(num_workers) as pool:
             findings = list(tqdm(pool.map(examine, entries), total=len(entries), desc=split, unit="volume"))
         print(f"\n{split}: {len(entries)} volumes")
-        for found in findings:
+        for entry, found in zip(entries, findings, strict=True):
             print(f"  {found.text}")
             problems += found.problems
             warnings += found.warnings
+            known += [] if found.problems else [(entry, found)]
+    table, of_labels = _about_labels(known)
+    for line in table:
+        print(line)
+    warnings += of_labels
     for warning in warnings:
         print(f"warning: {warning}")
     for problem in problems:

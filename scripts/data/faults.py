@@ -15,7 +15,7 @@ class FolderError(UserError):
 
 
 def attempt(entry: Mapping[str, str], read: Callable[[], T]) -> tuple[T | None, str]:
-    """What `read` makes of the volume of `entry`, or None and why it cannot, in one line that names the volume.
+    """What `read` makes of the volume of `entry`, or None and why it cannot, in one line that names a file of it.
 
     Raises:
         FolderError: which `read` raises, since the other volumes meet it too.
@@ -25,7 +25,8 @@ def attempt(entry: Mapping[str, str], read: Callable[[], T]) -> tuple[T | None, 
     except FolderError:
         raise
     except Exception as problem:
-        if isinstance(problem, UserError) and entry["image"] in str(problem):
+        files = [path for key in ("image", "label") if isinstance(path := entry.get(key), str)]
+        if isinstance(problem, UserError) and any(path in str(problem) for path in files):
             return None, " ".join(str(problem).split())
         return None, f"{entry['image']}: cannot be read any more ({reason(problem)})"
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,15 +15,14 @@ import nibabel as nib
 from scripts.common.errors import UserError, reason
 from scripts.common.files import read_json
 from scripts.common.progress import progress_bar
-from scripts.data.datalist import SPLITS, with_folders
 from scripts.data.faults import attempt, first_of
-from scripts.data.nifti import stem
+from scripts.data.latent_items import ENCODE, listed
+from scripts.data.nifti import read_header
 from scripts.data.nifti_file import check_complete, opened
 
 Entry = dict[str, Any]
 FACTOR = 4  # voxels of a volume for one of its latent, along each axis
 REGIONS = ("top_region_index", "bottom_region_index")
-ENCODE = "encode the volume with configs/encode.json"
 
 
 def read_mapping(path: str) -> dict[str, int]:
@@ -54,6 +52,8 @@ def load_latents(
     latent_channels: int = 4,
     include_body_region: bool = False,
     default_modality: str | None = None,
+    labels: bool = False,
+    fold: int | None = None,
 ) -> list[Entry]:
     """The latents of one split, as their headers and side files describe them; no voxel is read.
 
@@ -69,18 +69,25 @@ def load_latents(
         latent_channels: of each latent.
         include_body_region: whether the network takes body regions, which the side files must have then.
         default_modality: of latents for which none is given.
+        labels: whether each must have a label map, `label` in the datalist, relative to the same folder.
+        fold: which is held back for validation, where a datalist has folds and no list `validation`.
 
     Returns:
         for each latent: `image` (its path), `shape` (C, X, Y, Z), `spacing` (mm), `modality`, `modality_number`, with
         `include_body_region` the two vectors of four in `REGIONS`, and where they are known `dim`, `noise` (the
-        posterior's variance) and `weights_sha256` (of the autoencoder).
+        posterior's variance) and `weights_sha256` (of the autoencoder); and, where they are wanted, `label` (path).
 
     Raises:
         UserError: naming the first file that is missing or wrong, what to do, and how many more there are.
     """
     default = {} if default_modality is None else {"modality": default_modality}
-    items = [{**default, **item} for item in _items(json_data_list, split, embedding_base_dir)]
-    return _each(items, lambda item: _entry(item, modality_mapping, latent_channels, include_body_region))
+    items = [{**default, **item} for item in listed(json_data_list, split, embedding_base_dir, fold)]
+
+    def read(item: dict[str, Any]) -> Entry:
+        entry = _entry(item, modality_mapping, latent_channels, include_body_region)
+        return entry | {"label": _label(item, entry["shape"])} if labels else entry
+
+    return _each(items, read)
 
 
 def _each(items: Sequence[dict[str, Any]], read: Callable[[dict[str, Any]], Entry]) -> list[Entry]:
@@ -98,7 +105,7 @@ def _each(items: Sequence[dict[str, Any]], read: Callable[[dict[str, Any]], Entr
 def _entry(item: Mapping[str, Any], mapping: Mapping[str, int] | None, channels: int, regions: bool) -> Entry:
     """What header and side file say of the latent of an item; the side file's word counts before the datalist's."""
     path = item["image"]
-    facts = {**item, **_side_file(path), "image": path}
+    facts = {**item, **_side_file(path, needed="spacing" not in item), "image": path}
     with opened(Path(path)) as (image, stream):
         shape = latent_shape(image, path, channels)
         check_complete(Path(path), image, stream)
@@ -106,53 +113,16 @@ def _entry(item: Mapping[str, Any], mapping: Mapping[str, int] | None, channels:
     return entry | {key: facts[key] for key in ("dim", "weights_sha256") if key in facts} | _noise(facts)
 
 
-def _items(
-    json_data_list: str | Sequence[str], split: str, embedding_base_dir: str | Sequence[str] | None
-) -> list[dict[str, Any]]:
-    """The datalists' entries of a split, `image` being the path of the latent."""
-    pairs = with_folders(json_data_list, "embedding_base_dir", embedding_base_dir)
-    items = []
-    for file, folder in pairs:
-        for number, item in enumerate(_read_list(file, split)):
-            image = item.get("image") if isinstance(item, dict) else None
-            if not isinstance(image, str) or not image:
-                raise UserError(f"{file}: {split}[{number}] has no image path (image is {image!r}); give one")
-            name = stem(image)
-            latent = (name if name.endswith("_emb") else f"{name}_emb") + ".nii.gz"
-            items.append({**item, "image": os.path.abspath(Path(folder or Path(file).parent, latent))})  # noqa: PTH100
-    if not items and split == "training":
-        raise UserError(
-            f"{', '.join(file for file, _ in pairs)}: the list 'training' is empty or missing; add latents to it"
-        )
-    return items
-
-
-def _read_list(file: str, split: str) -> list[Any]:
-    """A list of a datalist, empty where there is none of that name; what else its entries and it have is let be."""
-    remedy = "give the datalist.json that configs/encode.json writes beside the latents"
-    try:
-        content = read_json(file)
-    except FileNotFoundError as error:
-        raise UserError(f"{file}: no such datalist; {remedy}") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{file}: is not JSON ({reason(error)}); {remedy}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{file}: holds a {type(content).__name__}, not an object with lists of latents; {remedy}")
-    for key in content:
-        if key not in SPLITS and (close := get_close_matches(key, SPLITS, n=1, cutoff=0.8)):
-            raise UserError(f"{file}: unknown list {key!r} (did you mean {close[0]!r}?); rename it")
-    if not isinstance(items := content.get(split, []), list):
-        raise UserError(f"{file}: {split!r} is a {type(items).__name__}, not a list of latents; {remedy}")
-    return items
-
-
-def _side_file(latent: str) -> dict[str, Any]:
+def _side_file(latent: str, needed: bool) -> dict[str, Any]:
+    """What a latent's side file says; nothing where there is none, and none is needed."""
     if not Path(latent).is_file():
         raise UserError(f"{latent}: no such latent; {ENCODE}, or correct embedding_base_dir")
     path = f"{latent}.json"
     try:
         facts = read_json(path)
     except FileNotFoundError as error:
+        if not needed:
+            return {}
         raise UserError(
             f"{path}: no such side file; {ENCODE}, or write one with spacing and modality as NV-Generate-CTMR does"
         ) from error
@@ -177,6 +147,23 @@ def latent_shape(image: nib.Nifti1Image, path: str, channels: int) -> list[int]:
             f"{path}: has {shape[3]} channels, but latent_channels is {channels}; correct that, or {ENCODE} again"
         )
     return [channels, *shape[:3]]
+
+
+def _label(item: Mapping[str, Any], shape: Sequence[int]) -> str:
+    """The path of a latent's label map, which has its field of view in full resolution."""
+    path, wanted = item.get("label"), [n * FACTOR for n in shape[1:]]
+    if not isinstance(path, str):
+        raise UserError(
+            f"{item['image']}: has no label (label is {path!r}) in the datalist; {ENCODE} again with a datalist whose "
+            "entries have label, and train on the datalist_controlnet.json that it writes"
+        )
+    found, _ = read_header(path).in_ras()
+    if found != wanted:
+        raise UserError(
+            f"{path}: is {_text(found)} voxels, but its latent is {_text(shape[1:])}, which takes exactly {FACTOR} "
+            f"times as many, {_text(wanted)}; encode.json writes the label map that fits"
+        )
+    return path
 
 
 def _numbers(facts: Mapping[str, Any], key: str, count: int) -> list[float] | None:

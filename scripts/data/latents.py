@@ -15,7 +15,9 @@ from torch.utils.data import Dataset
 from scripts.common.errors import UserError
 from scripts.data.datalist import identities
 from scripts.data.faults import attempt
-from scripts.data.latent_list import ENCODE, REGIONS, Entry, latent_shape, sizes
+from scripts.data.labels import LabelStore, without
+from scripts.data.latent_items import ENCODE
+from scripts.data.latent_list import FACTOR, REGIONS, Entry, latent_shape, sizes
 from scripts.data.nifti_file import check_complete, opened, voxels
 from scripts.data.store import ArrayStore
 
@@ -77,15 +79,24 @@ def rounded(data: np.ndarray, noise: float) -> np.ndarray:
 
 
 class LatentDataset(Dataset):
-    """Whole latents, each with its conditions.
+    """Whole latents, each with its conditions, and perhaps its label map.
 
     Args:
         data: what `load_latents` gives.
         store: of the converted latents; what is missing there is converted on first use.
+        labels: the store of their label maps; None where these are not wanted.
+        roi_labels: which labels make the region that a second map lacks, and what takes their place; see
+            `labels.without`. None for no second map.
     """
 
-    def __init__(self, data: Sequence[Entry], store: LatentStore) -> None:
-        self.data, self.store = data, store
+    def __init__(
+        self,
+        data: Sequence[Entry],
+        store: LatentStore,
+        labels: LabelStore | None = None,
+        roi_labels: Mapping[int, int | str] | None = None,
+    ) -> None:
+        self.data, self.store, self.labels, self.roi_labels = data, store, labels, roi_labels
 
     def __len__(self) -> int:
         return len(self.data)
@@ -106,21 +117,49 @@ class LatentDataset(Dataset):
         """What must not change while a training goes on; see `datalist.identities`."""
         return identities(self.data)
 
+    def label_identities(self) -> list[list[str | int]]:
+        """The same of the label maps."""
+        return identities([{"image": entry["label"]} for entry in self.data])
+
     def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any]:
         """The latent of `(epoch, index)`, the same in every epoch.
 
         Returns:
             `latent`, (C, X, Y, Z) float32, not scaled; `spacing`, (3,) float32 in 1/100 mm; `modality`, its number,
             int64; where the network takes them, `top_region_index` and `bottom_region_index`, (4,) float32, times 100;
+            where they are wanted, `label`, (1, 4 X, 4 Y, 4 Z) uint8, and `label_without`, the same without the region,
+            with `removed`, which labels that took from it, as text, empty for none;
             `path`; and `error`: empty, or why the latent cannot be read, `latent` being NaN then.
         """
         entry = self.data[key[1] if isinstance(key, tuple) else key]
-        latent, error = attempt(entry, lambda: self._read(entry))
-        if latent is None:
-            latent = torch.full(tuple(entry["shape"]), torch.nan)
+        read, error = attempt(entry, lambda: (self._read(entry), self._maps(entry)))
+        if read is None:
+            read = torch.full(tuple(entry["shape"]), torch.nan), self._no_maps(entry)
+        latent, maps = read
         conditions = {name: torch.tensor(entry[name]) * UNIT for name in ("spacing", *REGIONS) if name in entry}
         modality = torch.tensor(entry["modality_number"])
-        return {"latent": latent, **conditions, "modality": modality, "path": entry["image"], "error": error}
+        return {"latent": latent, **maps, **conditions, "modality": modality, "path": entry["image"], "error": error}
+
+    def _maps(self, entry: Entry) -> dict[str, Any]:
+        if self.labels is None:
+            return {}
+        labels = self.labels.open({"image": entry["label"]})
+        wanted = [n * FACTOR for n in entry["shape"][1:]]
+        if list(labels.shape) != wanted:
+            raise UserError(f"{entry['label']}: has changed to shape {labels.shape} in the meantime; start again")
+        maps: dict[str, Any] = {"label": torch.from_numpy(labels)[None]}
+        if self.roi_labels is not None:
+            counts = self.labels.counts({"image": entry["label"]})  # which cost nothing, where looking takes a while
+            other, removed = without(labels, {n: place for n, place in self.roi_labels.items() if n in counts})
+            maps |= {"label_without": torch.from_numpy(other)[None], "removed": ", ".join(map(str, removed))}
+        return maps
+
+    def _no_maps(self, entry: Entry) -> dict[str, Any]:
+        """What stands for the maps of a latent that cannot be read."""
+        if self.labels is None:
+            return {}
+        empty = torch.zeros((1, *(n * FACTOR for n in entry["shape"][1:])), dtype=torch.uint8)
+        return {"label": empty} | ({} if self.roi_labels is None else {"label_without": empty, "removed": ""})
 
     def _read(self, entry: Entry) -> torch.Tensor:
         latent = torch.from_numpy(self.store.open(entry)[...]).float()

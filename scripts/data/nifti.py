@@ -35,6 +35,11 @@ class Header:
     dtype: str
     notes: tuple[str, ...] = ()
 
+    def in_ras(self) -> tuple[list[int], list[float]]:
+        """Shape and spacing along the axes of the closest canonical orientation."""
+        axes = [next(i for i, code in enumerate(self.axcodes) if code in ends) for ends in ("RL", "AP", "SI")]
+        return [self.shape[axis] for axis in axes], [self.spacing[axis] for axis in axes]
+
 
 @dataclass(frozen=True)
 class _Geometry:
@@ -184,13 +189,14 @@ def _narrow(data: np.ndarray, path: Path) -> np.ndarray:
     return data.astype(np.float32)
 
 
-def write_like(source: str | Path, data: np.ndarray, target: str | Path) -> None:
+def write_like(source: str | Path, data: np.ndarray, target: str | Path, akin: bool = True) -> None:
     """Write a volume that came from `read_nifti` in the geometry of its file: shape, axes, affine and header.
 
     Args:
         source: the file that was read; of its header all but the data type and the scaling is kept.
         data: (X, Y, Z) in the closest canonical orientation; its type is the file's.
         target: a path that ends in `.nii.gz`.
+        akin: whether its voxels mean what the file's do; else what the header says of these is left out.
     """
     with opened(Path(source)) as (image, _):
         affine, _ = _affine(image, Path(source))
@@ -201,6 +207,10 @@ def write_like(source: str | Path, data: np.ndarray, target: str | Path) -> None
     header = image.header.copy()
     header.set_data_dtype(data.dtype)
     header.set_slope_inter(1, 0)
+    if not akin:
+        header["cal_min"] = header["cal_max"] = header["intent_code"] = 0
+        header["intent_name"] = header["descrip"] = header["aux_file"] = b""
+        header.extensions.clear()
     save_nifti(type(image)(stored, image.affine, header), target)
 
 

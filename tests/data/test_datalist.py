@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from scripts.common.errors import UserError
-from scripts.data.datalist import build, entries_of, load, load_split, shared_volumes
+from scripts.data.build import build
+from scripts.data.datalist import entries_of, identities, load, load_split, shared_volumes
 
 
 @pytest.fixture
@@ -105,7 +106,13 @@ GOOD = {"image": "/a.nii.gz", "class": "ct"}
             r"training\[1\] has the unknown key 'imge' \(did you mean 'image'",
         ),
         ({"training": [{"image": "/a.nii.gz", "clas": "ct"}]}, "unknown key 'clas'"),
-        ({"training": [GOOD | {"age": 61}]}, "unknown key 'age'"),
+        ({"training": [GOOD | {"age": 61}]}, "unknown key 'age'.*; the keys are image, label and class"),
+        ({"training": [GOOD | {"lable": "/l.nii.gz"}]}, r"unknown key 'lable' \(did you mean 'label'\?\)"),
+        (
+            {"training": [GOOD | {"label": None}]},
+            r"training\[0\] has no label path \(label is None\); give the path of",
+        ),
+        ({"training": [GOOD | {"label": ""}]}, r"has no label path \(label is ''\)"),
         ({"training": [GOOD], "name": "mine"}, "unknown list 'name'"),
         ({"training": [{"class": "ct"}]}, "has no image path"),
         ({"training": [{"image": 3}]}, "has no image path"),
@@ -127,6 +134,26 @@ def test_load_fills_in_and_keeps(tmp_path: Path) -> None:
         entries_of(load(path), "validation", path)
     with pytest.raises(UserError, match="no such datalist"):
         load(tmp_path / "nothing.json")
+
+
+def test_label_maps_are_found_as_volumes_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    for name in ("here/l.nii.gz", "base/m.nii.gz"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    labels = ["l.nii.gz", "m.nii.gz", "/abs/l.nii.gz", "~/l.nii.gz", "none.nii.gz"]
+    entries = [{"image": f"/{number}.nii.gz", "label": label} for number, label in enumerate(labels)]
+    (tmp_path / "here" / "list.json").write_text(json.dumps({"training": [*entries, GOOD]}))
+    found = load(tmp_path / "here" / "list.json", tmp_path / "base")["training"]
+    here, base = str(tmp_path / "here"), str(tmp_path / "base")
+    paths = [f"{here}/l.nii.gz", f"{base}/m.nii.gz", "/abs/l.nii.gz", "/home/me/l.nii.gz", f"{base}/none.nii.gz"]
+    wanted = [{"image": f"/{number}.nii.gz", "label": path, "class": "ct"} for number, path in enumerate(paths)]
+    assert found == [*wanted, GOOD]
+
+
+def test_what_must_not_change_is_the_same_with_label_maps(datalist: Path) -> None:
+    entries = load(datalist)["training"]
+    assert identities([entry | {"label": "/nowhere/l.nii.gz"} for entry in entries]) == identities(entries)
 
 
 def test_volumes_in_two_splits_are_found(datalist: Path) -> None:

@@ -126,11 +126,27 @@ def test_a_loader_deals_what_is_missing() -> None:
 
 
 def test_what_is_missing_is_what_rank_0_saw(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(datasets, "gather", lambda seen: [[0, 1, 2, 3], seen])
+    monkeypatch.setattr(datasets, "gather", lambda seen: [([0, 1, 2, 3], [1, 1, 1, 1]), seen])
     loader = VolumeLoader(
         Watched(4), lambda name, image: name == "0", rank=1, num_ranks=2
     )  # rank 0 has done volume 0 since
     assert loader.indices == [1, 3] and loader.done == 0
+
+
+def test_volumes_are_dealt_by_size_whatever_else_is_done(tmp_path: Path) -> None:
+    sizes = [(8, 9, 10), (40, 30, 20), (9, 8, 7), (20, 30, 20), (12, 9, 10), (20, 30, 19)]
+    entries: list[dict[str, str]] = []
+    for number, size in enumerate(sizes):
+        path = save_nifti(tmp_path / f"{number}.nii.gz", np.random.default_rng(0).normal(0, 300, size).astype(np.int16))
+        entries.append({"image": str(path), "class": "ct", "name": str(number)})
+    (tmp_path / "2.nii.gz").write_bytes(b"no volume")
+    entries.append({"image": str(tmp_path / "gone.nii.gz"), "class": "ct", "name": "6"})
+    whole, cropped = StoredVolumes(entries, Store(tmp_path)), StoredVolumes(entries, Store(tmp_path), [8, 8, 8])
+    for dataset in (Volumes(entries), whole):
+        assert dataset.sizes() == [size if number != 2 else () for number, size in enumerate(sizes)] + [()]
+        assert [VolumeLoader(dataset, None, rank, 2).indices for rank in (0, 1)] == [[0, 1], [2, 3, 4, 5, 6]]
+    assert cropped.sizes() == [(8, 8, 8)] * 7 and VolumeLoader(cropped, None, 0, 2).indices == [0, 2, 4, 6]
+    assert VolumeLoader(whole).indices == [*range(7)]  # one rank takes them as they come
 
 
 def test_the_next_volume_is_read_while_this_one_is_in_use() -> None:
