@@ -23,6 +23,7 @@ from monai.apps.generation.maisi.networks.autoencoderkl_maisi import (
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from scripts.networks import operators
 from scripts.networks.autoencoder import Reconstructor, ResBlock, Stack, Upsample
 
 logger = logging.getLogger(__name__)
@@ -49,26 +50,17 @@ def _convolved(first: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, c
         return checkpoint(both, x.to(dtype), use_reentrant=False, preserve_rng_state=False)
 
 
-def _wide(x: torch.Tensor) -> torch.Tensor:
-    """Float32 on CUDA, whose kernels round statistics and sums to their input's type; the CPU's keep float32 inside."""
-    return x.float() if x.is_cuda else x
-
-
 def _norm_conv(x: torch.Tensor, norm: nn.Module, conv: nn.Module, activate: bool) -> torch.Tensor:
     def normalised(x: torch.Tensor) -> torch.Tensor:
-        h = norm(_wide(x)).to(x.dtype)
+        h = operators.group_norm(x, norm)
         return F.silu(h) if activate else h
 
     return _convolved(normalised, x, conv)
 
 
-def _doubled(x: torch.Tensor) -> torch.Tensor:
-    return F.interpolate(_wide(x), scale_factor=2.0, mode="trilinear").to(x.dtype)
-
-
 class _Upsample(Upsample):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return super().forward(x) if self.scale == 1.0 else _convolved(_doubled, x, self.conv)
+        return super().forward(x) if self.scale == 1.0 else _convolved(operators.doubled, x, self.conv)
 
 
 class _ResBlock(ResBlock):
@@ -151,7 +143,7 @@ class FastAutoencoderKlMaisi(Reconstructor):
         if encoder_frozen:  # DistributedDataParallel waits for a gradient of every parameter
             z = z + 0.0 * sum(p.flatten()[0] for p in self.encoder_parameters())
         whole = self.decode(z), mu, sigma
-        return (*whole, self.decode(F.avg_pool3d(mu, 2))) if half else whole
+        return (*whole, self.decode(operators.halved(mu))) if half else whole
 
 
 def for_training(

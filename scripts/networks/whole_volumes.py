@@ -21,6 +21,11 @@ class NotFiniteError(ValueError):
     """A network's output that is not a number."""
 
 
+def finite(values: torch.Tensor) -> bool:
+    """Whether there is neither NaN nor infinity among them; ten times as fast as `isfinite().all()`, on a CPU."""
+    return all(bool(extreme.isfinite()) for extreme in values.aminmax())
+
+
 class WholeVolumes(Evaluator):
     """Takes volumes through a network, one at a time, each rank its share; a subclass says what is done with them.
 
@@ -95,9 +100,15 @@ class WholeVolumes(Evaluator):
         bar = progress_bar(self.inferer.count(voxels.shape[2:]), place, "window")
         with bar:
             for x, parts in self.inferer.slabs(voxels, compute, volume["intensity"].normalise, bar.update):
-                if self.refuse_not_finite and not all(part.isfinite().all() for part in parts):
+                if self.refuse_not_finite and not all(map(finite, parts)):
                     raise NotFiniteError("what the network makes of it is not finite (NaN or infinite)")
                 yield x, parts
+                del parts  # not to be held while the next ones are computed
+
+    @property
+    def index(self) -> int:
+        """Of the present volume among all, whatever share of them a `VolumeLoader` gives to this rank."""
+        return self.data_loader.indices[self.state.iteration - 1]  # type: ignore[union-attr]
 
     def run(self, global_epoch: int = 1) -> None:  # type: ignore[override]
         """Take all volumes of this rank through the network."""

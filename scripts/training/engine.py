@@ -27,6 +27,7 @@ from scripts.common.precision import amp_dtype, autocast
 from scripts.common.ranks import mean
 from scripts.networks.weights import plain_state
 from scripts.training.average import AveragedNetwork
+from scripts.training.late import LateLosses
 from scripts.training.schedule import advance
 from scripts.training.signals import STATUS, StopSignal
 
@@ -43,13 +44,13 @@ class Progress:
         validations: the metrics of each validation, with its `epoch`.
         epoch_pending: the steps of an epoch are done, but not what follows them (validating, saving).
         interrupted: a signal ended a validation, which is therefore done again on resuming.
-        own_losses: of this rank's last step, on the device; the engine's output are their means over the ranks.
+        losses: of the last step, on their way from the device; the engine's output are their means, on the device.
     """
 
     validations: list[dict[str, float]] = field(default_factory=list)
     epoch_pending: bool = False
     interrupted: bool = False
-    own_losses: dict[str, torch.Tensor] = field(default_factory=dict)
+    losses: LateLosses = field(init=False, repr=False)
 
     def best(self, metric: str) -> dict[str, float] | None:
         """The first validation with the lowest finite `metric`; None before the first validation."""
@@ -255,9 +256,11 @@ class TrainingEngine(Trainer):
         losses = self.step(moved)
         for average in self.averages.values():
             average.update()
-        self.progress.own_losses = {name: value.detach().float() for name, value in (losses | self._norms).items()}
-        means = mean(torch.stack(list(self.progress.own_losses.values())))
-        return dict(zip(self.progress.own_losses, means.unbind(), strict=True))
+        names, values = zip(*(losses | self._norms).items(), strict=True)
+        own = torch.stack([value.detach().float() for value in values])
+        means = mean(own.clone())
+        self.progress.losses = LateLosses(names, means, own)
+        return dict(zip(names, means.unbind(), strict=True))
 
     def _step_schedulers(self, engine: Any, interval: str) -> None:
         if interval == "epoch" and not self.progress.interrupted:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import ignite.distributed as idist
-import torch
 from ignite.engine import Events
 
 from scripts.common.errors import UserError
 from scripts.common.ranks import gather
 from scripts.training.engine import TrainingEngine
+from scripts.training.late import LateLosses
 
 logger = logging.getLogger(__name__)
 
@@ -22,8 +23,7 @@ class _Step:
     """What is to be looked at, once the next step is on its way."""
 
     iteration: int
-    means: dict[str, torch.Tensor]  # over the ranks: equal on all, so all decide alike
-    own: dict[str, torch.Tensor]  # of this rank: says where it comes from
+    losses: LateLosses  # their means are equal on all ranks, so all decide alike; this rank's say where it comes from
     paths: list[str]
     errors: list[str]
 
@@ -41,7 +41,7 @@ class Guard:
 
     The weights stay as they were in such a step: the engine sees to that on the device. A volume that cannot be read
     comes as NaN with its error (see `PatchDataset`), so its step is passed over too. Looks at each step when the next
-    one is on its way, so that none waits for it.
+    one is on its way, so that the device never waits for it.
 
     Args:
         max_bad_steps: how many steps in a row may be not finite before the training ends.
@@ -68,7 +68,7 @@ class Guard:
     def _iteration_completed(self, engine: TrainingEngine) -> None:
         earlier, batch = self.last, engine.state.batch
         paths, errors = (list(batch.get(key, ())) for key in ("path", "error"))
-        self.last = _Step(engine.state.iteration, engine.state.output, engine.progress.own_losses, paths, errors)
+        self.last = _Step(engine.state.iteration, engine.progress.losses, paths, errors)
         if earlier is not None:
             self._look(earlier)
 
@@ -78,11 +78,11 @@ class Guard:
             self.last = None
 
     def _look(self, step: _Step) -> None:
-        if bool(torch.stack(list(step.means.values())).isfinite().all()):
+        if all(map(math.isfinite, step.losses.means().values())):
             self.in_a_row = 0
             return
         broken = {path: error for path, error in zip(step.paths, step.errors, strict=True) if error}
-        terms = [f"{name} is {float(value)}" for name, value in step.own.items() if not bool(value.isfinite())]
+        terms = [f"{name} is {value}" for name, value in step.losses.own().items() if not math.isfinite(value)]
         files = f" ({', '.join(step.paths)})" if step.paths else ""
         findings = gather(_Finding(broken, f"{', '.join(terms)}{files}" if terms else ""))
         unreadable = {path: error for finding in findings for path, error in finding.broken.items()}

@@ -87,7 +87,7 @@ class Validate(ValidationHandler):
 class TrainingLog:
     """Bar, log line and TensorBoard tags `train_iter/*` (step: iteration) and `train_epoch/*` (step: epoch).
 
-    Losses stay on the device until they are shown, at most once a second, so that no iteration waits for them. After an
+    Losses are read as they come from the device, at most once a second, so that no iteration waits for them. After an
     epoch a log line and `train_epoch/share_<name>` tell which share each weighted term had in what is minimised (see
     `TrainingEngine.weights`). A shown loss that jumps far from its running median is warned of, once an epoch.
 
@@ -137,12 +137,12 @@ class TrainingLog:
         self.waited += time.perf_counter() - self.wanted
 
     def _iteration_completed(self, engine: Any) -> None:
-        self.log.add_step(engine.state.iteration, self.optimizer.param_groups[0]["lr"], engine.state.output)
+        self.log.add_step(engine.state.iteration, self.optimizer.param_groups[0]["lr"], engine.progress.losses)
         if time.perf_counter() - self.shown_at >= REPORT_SECONDS:
-            self._show(engine)
+            self._show(engine, wait=False)
 
-    def _show(self, engine: Any) -> None:
-        last = self.log.flush()
+    def _show(self, engine: Any, wait: bool = True) -> None:
+        last = self.log.flush(wait)
         for step, losses in self.log.written:
             self._watch(engine.state.epoch, step, losses)
         self.shown_at = time.perf_counter()

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from scripts.common.errors import UserError
+from scripts.common.precision import computed_in, cudnn_version, cudnn_warning
 from scripts.data.datalist import shared_volumes
 from scripts.data.examine import check_headers
 from scripts.data.store import ArrayStore
@@ -113,7 +114,7 @@ def print_table(
     rows: Mapping[str, str] | None = None,
     checkpoint: str = CHECKPOINT,
 ) -> None:
-    """What will run: samples, steps, parameters, precision, devices, disk, and what a validation costs.
+    """What will run: samples, steps, parameters, precision, device, cuDNN, disk, and what a validation costs.
 
     Args:
         trainer: that will run.
@@ -139,9 +140,17 @@ def print_table(
         "epochs": f"{trainer.state.max_epochs} of {trainer.state.epoch_length} steps",
         "sample": f"{sample}, {batch}",
         "parameters": ", ".join(f"{n} {count:.2f} M" for n, count in parameters.items()),
-        "computed in": f"{str(trainer.dtype).removeprefix('torch.')} on {name}",
+        "computed in": f"{computed_in(device, trainer.amp)} on {name}",
+        **(_cudnn(trainer.dtype) if device.type == "cuda" else {}),
         "disk": f"{disk:.2f} GB for weights and checkpoint in {model_dir}",
     }
     if validator is not None:
         table |= validator.cost_rows(voxels * loader.batch_size * num_ranks)
     print("\n".join(f"{key:<14}{text}" for key, text in table.items()), flush=True)
+
+
+def _cudnn(dtype: torch.dtype) -> dict[str, str]:
+    """The row about cuDNN, and a warning of a version that is slow in `dtype`."""
+    if warning := cudnn_warning(dtype):
+        print(f"warning: {warning}", file=sys.stderr)
+    return {"cuDNN": f"{cudnn_version()}, cudnn_benchmark {'on' if torch.backends.cudnn.benchmark else 'off'}"}

@@ -6,15 +6,16 @@ import math
 import os
 import time
 import uuid
+from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from scripts.common.errors import UserError, reason
+from scripts.training.late import LateLosses
 
 
 class TensorBoardLog:
@@ -32,7 +33,7 @@ class TensorBoardLog:
         self.log_dir, self.enabled = log_dir, enabled
         self.training, self.resumed = uuid.uuid4().hex[:8], False  # the training's name in its files' names
         self._writer: SummaryWriter | None = None
-        self.pending: list[tuple[int, float, list[str], torch.Tensor]] = []  # step, rate, names, losses
+        self.pending: deque[tuple[int, float, LateLosses]] = deque()  # step, rate, losses
         self.written: list[tuple[int, dict[str, float]]] = []  # step and losses, of those that `flush` wrote last
         self.sums: dict[str, float] = {}
         self.counts: dict[str, int] = {}  # steps differ in what they log
@@ -63,27 +64,27 @@ class TensorBoardLog:
             for name, value in values.items():
                 writer.add_scalar(f"{group}/{name}", value, step)
 
-    def add_step(self, step: int, rate: float, losses: Mapping[str, torch.Tensor]) -> None:
-        """Take the losses of a step; they stay on the device until `flush`."""
-        self.pending.append((step, rate, list(losses), torch.stack(list(losses.values()))))
+    def add_step(self, step: int, rate: float, losses: LateLosses) -> None:
+        """Take the losses of a step; they are not read until `flush`."""
+        self.pending.append((step, rate, losses))
 
-    def flush(self) -> dict[str, float]:
-        """Write the steps that were taken, and return the losses of the last one; none where there was none."""
+    def flush(self, wait: bool = True) -> dict[str, float]:
+        """Write the steps that were taken, and return the losses of the last one written; none where there was none.
+
+        Args:
+            wait: for the device; else only those are written that have come from it.
+        """
         self.written.clear()
-        if not self.pending:
-            return {}
-        # One copy for all steps; steps may differ in what they log.
-        flat = iter(torch.cat([losses for *_, losses in self.pending]).cpu().tolist())
-        for step, rate, names, _ in self.pending:
-            values = dict(zip(names, flat, strict=False))
+        while self.pending and (wait or self.pending[0][-1].there):
+            step, rate, losses = self.pending.popleft()
+            values = losses.means()
             self.write_scalars("train_iter", values | {"learning_rate": rate}, step)
             self.written.append((step, values))
             if all(map(math.isfinite, values.values())):
                 for name, value in values.items():
                     self.sums[name] = self.sums.get(name, 0.0) + value
                     self.counts[name] = self.counts.get(name, 0) + 1
-        self.pending.clear()
-        return values
+        return self.written[-1][1] if self.written else {}
 
     def epoch_means(self) -> dict[str, float]:
         """Means over the steps since the last call, those that were not finite left out."""

@@ -31,6 +31,7 @@ T = TypeVar("T")
 # A training step costs 14.4 MFLOP a voxel with MAISI's [64, 128, 256], a forward pass 4.3.
 _FORWARD_SHARE = 0.3
 _BYTES = 4 * 8  # image, padded image, reconstruction, weights, and SSIM's: eight float32 a voxel
+_BYTES_AHEAD = 4  # of a volume that is only read: int16, or float32
 
 
 @dataclass
@@ -40,12 +41,12 @@ class Share:
     Attributes:
         cases: losses and metrics of each volume.
         latents: of all its volumes.
-        broken: why other volumes could not be read.
+        broken: why other volumes could not be read, by their places among all.
     """
 
     cases: list[dict[str, float]] = field(default_factory=list)
     latents: LatentHealth = field(default_factory=LatentHealth)
-    broken: list[str] = field(default_factory=list)
+    broken: dict[int, str] = field(default_factory=dict)
 
 
 class VaeValidation(WholeVolumes):
@@ -122,7 +123,7 @@ class VaeValidation(WholeVolumes):
 
     def pass_over(self, why: str) -> None:
         """Take note that a volume cannot be read; how many may be is known at the end."""
-        self.share.broken.append(why)
+        self.share.broken[self.index] = why
 
     def finish(self) -> None:
         """Set `state.metrics`, on all ranks.
@@ -157,8 +158,9 @@ class VaeValidation(WholeVolumes):
         """
         volumes: Any = self.data_loader.dataset  # type: ignore[union-attr]
         voxels = [volumes.voxels(i) for i in range(len(volumes))]
-        largest = sorted(voxels)[-ranks.on_this_node() :]  # each rank holds one
-        memory, left = sum(largest) * _BYTES, available_memory()
+        here, falling = ranks.on_this_node(), sorted(voxels, reverse=True)
+        largest, ahead = falling[:here], falling[here : 2 * here]  # each rank holds one, and reads another ahead
+        memory, left = sum(largest) * _BYTES + sum(ahead) * _BYTES_AHEAD, available_memory()
         which = "largest volume" if len(largest) == 1 else f"{len(largest)} largest volumes at once"
         if left is not None and left < memory:
             print(
@@ -177,11 +179,11 @@ class VaeValidation(WholeVolumes):
         self.shown = None
 
 
-def together(shares: Sequence[tuple[list[T], list[str]]], most_broken: int, what: str, remedy: str) -> list[T]:
+def together(shares: Sequence[tuple[list[T], dict[int, str]]], most_broken: int, what: str, remedy: str) -> list[T]:
     """What all ranks measured; rank 0 names what could not be.
 
     Args:
-        shares: of each rank, what it measured, and why it could not measure other items.
+        shares: of each rank, what it measured, and why it could not measure other items, by their places among all.
         most_broken: how many items may not be measured.
         what: they are, for the error, as the `remedy`.
         remedy: what to do about them.
@@ -190,7 +192,7 @@ def together(shares: Sequence[tuple[list[T], list[str]]], most_broken: int, what
         UserError: where nothing could be measured, or more than `most_broken` could not.
     """
     found = [one for share, _ in shares for one in share]
-    broken = [why for _, share in shares for why in share]
+    broken = [why for _, why in sorted(pair for _, share in shares for pair in share.items())]
     for why in broken if idist.get_rank() == 0 else ():
         logger.warning("passed over in validation: %s", why)
     if len(broken) > most_broken or not found:

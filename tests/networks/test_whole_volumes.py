@@ -12,7 +12,7 @@ from ignite.engine import Events
 from torch import nn
 
 from scripts.common.errors import UserError
-from scripts.networks.whole_volumes import NotFiniteError, WholeVolumes
+from scripts.networks.whole_volumes import NotFiniteError, WholeVolumes, finite
 from scripts.networks.windows import VolumeInferer, joined
 
 
@@ -120,6 +120,15 @@ def test_what_is_not_finite_is_refused_unless_a_subclass_takes_it() -> None:
     kept = loop([item("a")], Broken(), Lenient)
     kept.run()
     assert kept.seen[0][1].isnan().all()
+
+
+def test_one_value_that_is_not_finite_is_found() -> None:
+    values = torch.randn(3, 40, 33)[:, 1:-1, 2:]
+    assert finite(values) and finite(torch.full((1,), 3e38))
+    for bad in (torch.nan, torch.inf, -torch.inf):
+        changed = values.clone()
+        changed[1, 20, 13] = bad
+        assert not finite(changed) and not finite(torch.tensor([bad]))
 
 
 def test_errors_end_the_run_and_running_out_of_memory_says_which_knob_to_turn() -> None:

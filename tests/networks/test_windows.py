@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 from torch import nn
@@ -75,6 +77,25 @@ def test_latents_are_decoded_in_windows_of_the_volume(window: list[int] | None, 
     torch.testing.assert_close(torch.cat([part for _, (part,) in parts], dim=2), whole)
     assert [x for x, _ in parts] == inferer.starts((48, 20, 36))[0]
     assert seen == [inferer.window((48, 20, 36))] * inferer.count((48, 20, 36))
+
+
+def test_an_inferer_that_is_left_early_ends() -> None:
+    running, seen = threading.active_count(), []
+
+    def network(x: torch.Tensor) -> torch.Tensor:
+        seen.append(threading.current_thread())
+        if len(seen) == 7:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return x
+
+    volume, inferer = torch.rand(1, 1, 40, 20, 20), VolumeInferer([8, 20, 20], overlap=0)
+    slabs = inferer.slabs(volume, network)
+    assert next(slabs)[0] == 0 and len(seen) == 3 and threading.active_count() == running + 1
+    slabs.close()  # type: ignore[attr-defined]
+    assert threading.active_count() == running
+    with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):
+        list(inferer.slabs(volume, network))
+    assert threading.active_count() == running and set(seen) == {threading.current_thread()}
 
 
 def test_an_identity_without_a_factor_is_not_padded() -> None:

@@ -110,6 +110,17 @@ def test_a_volume_that_cannot_be_read_is_passed_over(caplog: pytest.LogCaptureFi
         strict.run()
 
 
+def test_volumes_that_cannot_be_read_are_named_in_the_order_of_all(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    other = Share(broken={0: "x.nii.gz: gone", 2: "z.nii.gz: gone"})
+    evaluator = make_evaluator([item(16), item(0, "v.nii.gz: gone")], small_network())
+    monkeypatch.setattr(ranks, "gather", lambda value: [value, other if isinstance(value, Share) else False])
+    evaluator.run()
+    told = [record.message for record in caplog.records if record.name == validation.__name__]
+    assert told == [f"passed over in validation: {name}.nii.gz: gone" for name in "xvz"]
+
+
 def test_running_out_of_memory_says_which_knob_to_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     evaluator = make_evaluator([item(16)], small_network())
 
@@ -197,10 +208,11 @@ def test_the_memory_of_a_validation_is_that_of_all_ranks_on_the_node(
 ) -> None:
     evaluator = make_evaluator([item(16), item(16), item(16)], small_network())
     monkeypatch.setattr(evaluator.data_loader.dataset, "voxels", lambda index: (index + 1) * 10**9)  # type: ignore[union-attr]
-    monkeypatch.setattr(validation, "available_memory", lambda: 100 * 10**9)
+    monkeypatch.setattr(validation, "available_memory", lambda: 110 * 10**9)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks_here)
-    needed = 32 * sum((3, 2, 1)[:volumes])  # GB, of the largest ones; 32 bytes a voxel
+    # GB: 32 bytes a voxel of the largest ones, and 4 of those that are read ahead.
+    needed = 32 * sum((3, 2, 1)[:volumes]) + 4 * sum((3, 2, 1)[volumes : 2 * volumes])
     assert evaluator.cost_rows(1e9)["memory"].startswith(f"about {needed}.0 GB on the host to validate the ")
     warned = capsys.readouterr().err
-    assert (f"takes about {needed}.0 GB of memory, and 100.0 GB is left" in warned) == (needed > 100)
-    assert ("largest volumes at once" in warned) == (needed > 100)
+    assert (f"takes about {needed}.0 GB of memory, and 110.0 GB is left" in warned) == (needed > 110)
+    assert ("largest volumes at once" in warned) == (needed > 110)
