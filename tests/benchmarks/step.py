@@ -2,52 +2,60 @@
 
     python -m tests.benchmarks.step [--sizes 32 64] [--repeats 5] [--device cuda]
 
-Time, peak memory, operators and saved activations, with the full MAISI network ([64, 128, 256]).
+Time, peak memory, operators and saved activations, with the full MAISI network ([64, 128, 256]). Ours is the trainer of
+configs/train.json with what it has in a step, but for the one term of the loss that the stock loop has not.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import multiprocessing
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from ignite.engine import Events
 from monai.bundle import ConfigParser
 from monai.losses import PatchAdversarialLoss
-from monai.networks.nets import PatchDiscriminator
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from scripts.networks.lpips import PerceptualLoss
-from scripts.networks.recompute import for_training
-from scripts.training.losses import LeastSquaresAdversarialLoss, VaeLoss
 from scripts.training.vae import VaeTrainer
 from tests.benchmarks.table import median, print_table
 
+TRAIN = Path("configs/train.json")
 CHECKPOINTING = "ours amp, activation_checkpointing"
-VARIANTS = ("stock float32", "stock autocast", "ours float32", "ours amp", CHECKPOINTING)
-STEP_TFLOP_AT_96 = 12.7  # of one adversarial step without the perceptual part, counted from the layers
+LIKE_STOCK: dict[str, Any] = {"scale_equivariance": 0}  # the stock loop has no such term
+OURS: dict[str, dict[str, Any]] = {
+    "ours float32": LIKE_STOCK | {"autoencoder_train#amp": False},
+    "ours amp": LIKE_STOCK,
+    CHECKPOINTING: LIKE_STOCK | {"activation_checkpointing": True},
+}
+VARIANTS = ("stock float32", "stock autocast", *OURS)
+STEPS = {"cpu": 1, "cuda": 5}  # between two looks at the clock, for which a GPU is waited
 
 
-def networks(stock: bool, device: str, checkpointing: bool = False) -> tuple[nn.Module, nn.Module]:
-    """The networks of configs/train.json; the reference sets num_splits to 1 and leaves save_mem on."""
+def networks(stock: bool, device: str, **overrides: Any) -> tuple[nn.Module, nn.Module]:
+    """Those of configs/train.json with `overrides`; the reference sets num_splits to 1 and leaves save_mem on."""
     torch.manual_seed(0)
-    config = json.loads(Path("configs/train.json").read_text())
-    definition = {k: config[k] for k in ("spatial_dims", "image_channels", "latent_channels", "autoencoder_def")}
-    definition["autoencoder_def"]["save_mem"] = True
-    network = ConfigParser(definition).get_parsed_content("autoencoder_def")
-    autoencoder = network.to(device) if stock else for_training(network, device, checkpointing)
-    discriminator = PatchDiscriminator(
-        spatial_dims=3, num_layers_d=3, channels=32, in_channels=1, out_channels=1, norm="INSTANCE"
-    )
-    return autoencoder, discriminator.to(device)
+    parser = configured(device, **{"autoencoder_def#save_mem": True} | overrides)
+    autoencoder = parser.get_parsed_content("autoencoder_def" if stock else "autoencoder_net").to(device)
+    return autoencoder, parser.get_parsed_content("discriminator_net")
+
+
+def configured(device: str, **overrides: Any) -> ConfigParser:
+    """configs/train.json on `device`, with overrides as a user would type them."""
+    parser = ConfigParser()
+    parser.read_config(TRAIN)
+    parser.update({"device": device, "perceptual_pretrained": False} | overrides)
+    return parser
 
 
 class StockLoop:
@@ -67,9 +75,10 @@ class StockLoop:
         self.adversarial = PatchAdversarialLoss(criterion="least_squares")
         self.adam_g = torch.optim.Adam(self.autoencoder.parameters(), lr, eps=1e-6)
         self.adam_d = torch.optim.Adam(self.discriminator.parameters(), lr, eps=1e-6)
-        self.amp = amp
+        self.amp, self.device = amp, device
 
     def step(self, images: torch.Tensor) -> None:
+        images = images.to(self.device, non_blocking=True)
         self.adam_g.zero_grad(set_to_none=True)
         self.adam_d.zero_grad(set_to_none=True)
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.amp):
@@ -90,28 +99,44 @@ class StockLoop:
 
 
 class OurLoop:
-    """The bundle's own trainer, one step at a time."""
+    """A training as configs/train.json has it, one step at a time, on images that are given.
 
-    def __init__(self, device: str, amp: bool, checkpointing: bool = False) -> None:
-        autoencoder, discriminator = networks(False, device, checkpointing)
-        self.autoencoder = autoencoder
-        self.trainer = VaeTrainer(
-            device=device,
-            max_epochs=1,
-            train_data_loader=[0],  # type: ignore[arg-type]
-            networks={"autoencoder": autoencoder, "discriminator": discriminator},
-            optimizers={
-                "optimizer_g": torch.optim.Adam(autoencoder.parameters(), 1e-4, eps=1e-6, fused=True),
-                "optimizer_d": torch.optim.Adam(discriminator.parameters(), 1e-4, eps=1e-6, fused=True),
-            },
-            generator_loss=VaeLoss(quiet_perceptual(device)),
-            adversarial_loss=LeastSquaresAdversarialLoss(),
-            amp=amp,
-        )
+    Only the data loader is missing, and the handlers that do not belong to a step, or read losses once a second. The
+    discriminator counts from the first step.
+
+    Args:
+        device: "cpu" or "cuda".
+        overrides: of the config, as a user would type them.
+    """
+
+    def __init__(self, device: str, **overrides: Any) -> None:
+        parser = configured(device, **{"discriminator_start": 0} | overrides)
+        guard = [handler for handler in parser["train"]["handlers"] if handler["_target_"].endswith(".Guard")]
+        parser.update({"train#dataloader": [None], "train#handlers": guard})
+        logging.getLogger("scripts.networks.lpips").setLevel(logging.ERROR)  # untrained features cost the same
+        torch.manual_seed(0)
+        self.trainer: VaeTrainer = parser.get_parsed_content("train#trainer")
+        self.trainer.state.epoch = 1
 
     def step(self, images: torch.Tensor) -> None:
-        self.trainer.state.iteration += 1
-        self.trainer._iteration(self.trainer, {"image": images})
+        state, count = self.trainer.state, len(images)
+        state.iteration += 1
+        state.batch = {"image": images, "path": ["volume"] * count, "error": [""] * count}
+        state.output = self.trainer._iteration(self.trainer, state.batch)
+        self.trainer.fire_event(Events.ITERATION_COMPLETED)
+
+
+def step_tflop(size: int, **overrides: Any) -> float:
+    """TFLOP of one step of `OurLoop` with one patch of size^3, of which nothing is computed.
+
+    Without `activation_checkpointing`, which computes convolutions again, it is what any loop needs for that step.
+    """
+    trainer = OurLoop("cpu", **overrides).trainer
+    trainer.update = lambda name, loss, frozen=(): loss.backward()  # type: ignore[method-assign]
+    with FakeTensorMode(allow_non_fake_inputs=True), FlopCounterMode(display=False) as counter:
+        trainer.state.iteration += 1
+        trainer.step({"image": torch.empty(1, 1, size, size, size)})
+    return counter.get_total_flops() / 1e12
 
 
 def quiet_perceptual(device: str) -> PerceptualLoss:
@@ -120,8 +145,7 @@ def quiet_perceptual(device: str) -> PerceptualLoss:
 
 
 def make_loop(variant: str, device: str) -> Any:
-    amp = not variant.endswith("float32")
-    return StockLoop(device, amp) if variant.startswith("stock") else OurLoop(device, amp, variant == CHECKPOINTING)
+    return OurLoop(device, **OURS[variant]) if variant in OURS else StockLoop(device, not variant.endswith("float32"))
 
 
 class _Count(TorchDispatchMode):
@@ -165,9 +189,8 @@ def saved_bytes(network: nn.Module, images: torch.Tensor, amp: bool) -> int:
     return sum(s.nbytes() for s in kept.values())
 
 
-def gemm_rate(device: str, dtype: torch.dtype) -> float:
-    """TFLOP/s of a large matrix product, the best of six: what the machine could do."""
-    size = 8192 if device == "cuda" else 4096
+def gemm_rate(device: str, dtype: torch.dtype, size: int = 4096) -> float:
+    """TFLOP/s of a product of two matrices of size^2, the best of six: what the machine could do."""
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     times = [timed(lambda: a @ b, device) for _ in range(6)]
     return 2 * size**3 / min(times) / 1e12
@@ -183,9 +206,21 @@ def timed(call: Callable[[], object], device: str) -> float:
     return time.perf_counter() - started
 
 
+def host_images(size: int, device: str) -> torch.Tensor:
+    """A patch (1, 1, X, Y, Z) as the data loader hands it over: in main memory, pinned where it goes to a GPU."""
+    images = torch.rand(1, 1, size, size, size, generator=torch.Generator().manual_seed(0))
+    return images.pin_memory() if device == "cuda" else images
+
+
+def seconds_a_step(loop: Any, images: torch.Tensor, device: str, steps: int = 0) -> float:
+    """Of `steps` steps in a row, or as many as `STEPS` says; a GPU is waited for after the last one."""
+    steps = steps or STEPS[device]
+    return timed(lambda: [loop.step(images) for _ in range(steps)], device) / steps
+
+
 def _peak(variant: str, size: int, device: str, queue: Any) -> None:
     """Peak memory in MiB of a process that makes two steps, less what it took before them."""
-    loop, images = make_loop(variant, device), torch.rand(1, 1, size, size, size, device=device)
+    loop, images = make_loop(variant, device), host_images(size, device)
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -212,16 +247,16 @@ def peak_memory(variant: str, size: int, device: str) -> float:
 
 
 def time_table(size: int, repeats: int, device: str, rates: dict[str, float]) -> None:
-    images = torch.rand(1, 1, size, size, size, device=device)
+    images = host_images(size, device)
     loops = {variant: make_loop(variant, device) for variant in VARIANTS}
     times: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
     for loop in loops.values():
         loop.step(images)
     for _ in range(repeats):  # in turns, as the machine's speed drifts
         for variant, loop in loops.items():
-            times[variant].append(timed(partial(loop.step, images), device))
+            times[variant].append(seconds_a_step(loop, images, device))
     seconds = {variant: median(values) for variant, values in times.items()}
-    tflop = STEP_TFLOP_AT_96 * (size / 96) ** 3
+    tflop = step_tflop(size, **LIKE_STOCK)
     rows = []
     for variant, value in seconds.items():
         rate = rates["float32" if variant.endswith("float32") else "bfloat16"]
@@ -235,7 +270,7 @@ def saved_table(size: int, device: str) -> None:
     images = torch.rand(1, 1, size, size, size, device=device)
     small = torch.rand(1, 1, 32, 32, 32, device=device)
     for name in ("stock autocast", "ours amp", CHECKPOINTING):
-        network, _ = networks(name.startswith("stock"), device, name == CHECKPOINTING)
+        network, _ = networks(name.startswith("stock"), device, activation_checkpointing=name == CHECKPOINTING)
         saved = saved_bytes(network, images, amp=True)
         stock = stock or saved
         counts = (f"{count_operators(network, small, True, kind)}" for kind in (None, "convolution"))
@@ -251,7 +286,8 @@ def peak_table(size: int, device: str) -> None:
 
 
 def main(sizes: list[int], repeats: int, device: str, memory_size: int, activation_size: int) -> None:
-    rates = {"float32": gemm_rate(device, torch.float32), "bfloat16": gemm_rate(device, torch.bfloat16)}
+    side = 8192 if device == "cuda" else 4096
+    rates = {"float32": gemm_rate(device, torch.float32, side), "bfloat16": gemm_rate(device, torch.bfloat16, side)}
     for size in sizes:
         time_table(size, repeats if size < 64 else max(repeats - 1, 1), device, rates)
     saved_table(activation_size, device)

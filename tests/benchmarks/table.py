@@ -10,10 +10,13 @@ def median(values: Sequence[float]) -> float:
     return statistics.median(values)
 
 
-def print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
     lines = [head, ["-" * w for w in widths], *rows]
-    print()
-    for line in lines:
-        print("| " + " | ".join(f"{cell:<{w}}" for cell, w in zip(line, widths, strict=True)) + " |")
-    print(flush=True)
+    return "\n".join(
+        "| " + " | ".join(f"{cell:<{w}}" for cell, w in zip(line, widths, strict=True)) + " |" for line in lines
+    )
+
+
+def print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    print(f"\n{table(head, rows)}\n", flush=True)
