@@ -24,6 +24,7 @@ import pytest
 import torch
 from ignite.engine import Events
 from monai.apps.generation.maisi.networks.autoencoderkl_maisi import AutoencoderKlMaisi
+from monai.apps.generation.maisi.networks.controlnet_maisi import ControlNetMaisi
 from monai.apps.generation.maisi.networks.diffusion_model_unet_maisi import DiffusionModelUNetMaisi
 from monai.bundle import ConfigWorkflow
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -31,6 +32,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from scripts.common import errors
 from scripts.data.datalist import load
 from scripts.data.store import Store
+from scripts.networks import diffusion_files
+from scripts.networks.weights import write_tensors
+from scripts.training.late import LateLosses
 
 BESIDE = Path(__file__).resolve().parents[2] / "shared"  # data that tests use where it lies beside the project
 REAL_CT, MODELS = BESIDE / "ct", BESIDE / "models"
@@ -74,6 +78,8 @@ UNET = {
     "num_channels": [8, 16], "attention_levels": [False, True], "num_head_channels": [0, 8], "num_res_blocks": 1,
     "norm_num_groups": 8, "use_flash_attention": True,
 }  # fmt: skip
+TRAIN_CONTROLNET, MULTI_GPU_CONTROLNET = (Path(f"configs/{name}train_controlnet.json") for name in ("", "multi_gpu_"))
+CONTROLNET = UNET | {"conditioning_embedding_in_channels": 8, "conditioning_embedding_num_channels": [4, 8, 8]}
 TINY_DIFFUSION: dict[str, Any] = {
     **SMALL,
     **{f"diffusion_unet_def#{key}": value for key, value in UNET.items()},
@@ -85,6 +91,11 @@ TINY_DIFFUSION: dict[str, Any] = {
     "sample_count": 1,
     "diffusion_unet_inference#num_inference_steps": 2,
     "diffusion_unet_train#n_epochs": 2,
+}
+TINY_CONTROLNET: dict[str, Any] = {
+    **{key: value for key, value in TINY_DIFFUSION.items() if not key.startswith("diffusion_unet_train")},
+    **{f"controlnet_def#{key}": value for key, value in CONTROLNET.items()},
+    "controlnet_train#n_epochs": 2,
 }
 LATENTS = {"training": [(8, 4, 4)] * 4 + [(8, 4, 6)] * 2, "validation": [(8, 4, 4), (8, 4, 6)]}
 
@@ -166,6 +177,39 @@ def make_latents(
     return folder / "datalist.json"
 
 
+def told_of(path: str) -> tuple[torch.Tensor, list[float], int]:
+    """Of a latent of `make_latents`, from its files: (C, X, Y, Z), spacing in mm and the number of the modality."""
+    side = json.loads(Path(f"{path}.json").read_text())
+    data = np.moveaxis(np.asarray(nib.load(path).dataobj, dtype=np.float32), -1, 0)
+    numbers = json.loads(Path("configs/modality_mapping.json").read_text())
+    return torch.from_numpy(data.copy()), side["spacing"], numbers[side["modality"]]
+
+
+class Items(list):
+    """What a `LatentDataset` gives, at hand, as a dataset."""
+
+    data: list[dict] = property(lambda self: self)  # type: ignore[assignment]
+
+    def sizes(self) -> list[tuple[int, ...]]:
+        return [tuple(item["latent"].shape[1:]) for item in self]
+
+
+def make_labelled(folder: Path, sizes: Sequence[tuple[int, ...]] | None = None, std: float = 1.0) -> Path:
+    """Latents with label maps, as configs/encode.json writes them, the last two of fold 0; the path of the datalist."""
+    shapes = sizes or [(8, 8, 8)] * 5 + [(8, 8, 16)] * 3
+    make_latents(folder, {"training": shapes}, std)
+    rng, entries = np.random.default_rng(1), []
+    for number, shape in enumerate(shapes):
+        labels = rng.choice(np.array([0, 1, 3, 23, 200], np.uint8), shape, p=[0.3, 0.2, 0.2, 0.1, 0.2])
+        save_nifti(folder / f"v{number}_label.nii.gz", labels.repeat(4, 0).repeat(4, 1).repeat(4, 2))
+        side = json.loads((folder / f"v{number}_emb.nii.gz.json").read_text())
+        entry = {"image": f"v{number}_emb.nii.gz", "label": f"v{number}_label.nii.gz"}
+        entry |= {key: side[key] for key in ("dim", "spacing", "modality")}
+        entries.append(entry | {"fold": 0 if number >= len(shapes) - 2 else 1})
+    (folder / "datalist_controlnet.json").write_text(json.dumps({"training": entries}))
+    return folder / "datalist_controlnet.json"
+
+
 # Networks and their weights
 
 
@@ -185,6 +229,18 @@ def small_unet(seed: int = 0, **changes: Any) -> DiffusionModelUNetMaisi:
         torch.manual_seed(seed)
         given = {**shape, **UNET, "use_flash_attention": False, "include_spacing_input": True, "include_fc": True}
         network = DiffusionModelUNetMaisi(**given | changes)
+        for parameter in network.parameters():
+            if not parameter.any():
+                torch.nn.init.normal_(parameter, std=0.1)
+    return network.eval()
+
+
+def small_controlnet(seed: int = 0, **changes: Any) -> ControlNetMaisi:
+    """With no convolution or bias that is 0, as a ControlNet's outputs are when it is fresh."""
+    shape = {"spatial_dims": 3, "in_channels": 4, "num_class_embeds": 128, "resblock_updown": True, "include_fc": True}
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        network = ControlNetMaisi(**{**shape, **CONTROLNET, "use_flash_attention": False} | changes)
         for parameter in network.parameters():
             if not parameter.any():
                 torch.nn.init.normal_(parameter, std=0.1)
@@ -239,6 +295,14 @@ def folders(root: Path, datalist: Path) -> dict[str, str]:
 
 def diffusion_folders(root: Path, datalist: Path) -> dict[str, str]:
     return folders(root, datalist) | {"embedding_base_dir": str(datalist.parent)}
+
+
+def controlnet_folders(root: Path, datalist: Path) -> dict[str, Any]:
+    """As `diffusion_folders`, with the weights of a small UNet in the folder of the models."""
+    (root / "models").mkdir(parents=True, exist_ok=True)
+    unet = diffusion_files.content(small_unet(), diffusion_files.UNET, epoch=1, loss=1.0, scale_factor=1.25)
+    write_tensors(unet, root / "models" / "diff_unet_3d_rflow-ct.pt")
+    return folders(root, datalist) | {"data_base_dir": str(datalist.parent)}
 
 
 def scalars(folder: Path) -> EventAccumulator:
@@ -304,6 +368,12 @@ def guide_files(root: Path, datalist: Path, **environment: Any) -> list[str]:
     for name, content in files.items():
         (root / name).write_text(json.dumps(content))
     return [str(TRAIN), *(str(root / name) for name in files)]
+
+
+def told(**losses: float) -> LateLosses:
+    """The losses of a step, of one rank."""
+    values = torch.tensor(list(losses.values()))
+    return LateLosses(losses, values, values)
 
 
 # Processes that begin where this one's imports ended: a server that has imported everything forks them.

@@ -12,13 +12,24 @@ from monai.bundle import ConfigParser
 
 from scripts.common.command_line import check_command_line
 from scripts.training.schedule import advance
-from tests.helpers import MULTI_GPU, MULTI_GPU_DIFFUSION, SMALL, TRAIN, TRAIN_DIFFUSION, guide_files
+from tests.helpers import (
+    MULTI_GPU,
+    MULTI_GPU_CONTROLNET,
+    MULTI_GPU_DIFFUSION,
+    SMALL,
+    TRAIN,
+    TRAIN_CONTROLNET,
+    TRAIN_DIFFUSION,
+    guide_files,
+)
 
 DEMO, DEMO_DIFFUSION, EXAMPLES = Path("configs/demo.json"), Path("configs/demo_diffusion.json"), Path("docs/examples")
 CONFIGS = [TRAIN, *(Path(f"configs/{name}.json") for name in ("inference", "encode", "evaluate"))]
 GENERATE, EVALUATE_GENERATED = Path("configs/generate.json"), Path("configs/evaluate_generated.json")
 DIFFUSION = [TRAIN_DIFFUSION, GENERATE]
-DIFFUSION_EXAMPLES = ["environment_maisi_diff_model", "config_maisi_diff_model", "config_network_rflow"]
+NETWORK_FILE = "config_network_rflow"
+DIFFUSION_EXAMPLES = ["environment_maisi_diff_model", "config_maisi_diff_model", NETWORK_FILE]
+CONTROLNET_EXAMPLES = ["environment_maisi_controlnet_train", "config_maisi_controlnet_train", NETWORK_FILE]
 # Of the three files of NV-Generate-CTMR, and of what MONAI asks of each bundle, not all is needed.
 UNREAD = {TRAIN_DIFFUSION: {"dataset_dir", "data_base_dir", "output_prefix"}, GENERATE: {"dataset_dir"}}
 
@@ -31,7 +42,7 @@ def strings(node: Any) -> list[str]:
     return [node] if isinstance(node, str) else []
 
 
-@pytest.mark.parametrize("path", [*CONFIGS, *DIFFUSION, EVALUATE_GENERATED], ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", [*CONFIGS, *DIFFUSION, TRAIN_CONTROLNET, EVALUATE_GENERATED], ids=lambda p: p.stem)
 def test_no_dead_key_and_no_unused_import(path: Path) -> None:
     config = json.loads(path.read_text())
     texts = [t for key, value in config.items() if key != "imports" for t in strings(value)]
@@ -40,7 +51,8 @@ def test_no_dead_key_and_no_unused_import(path: Path) -> None:
     assert set(config) - entry - UNREAD.get(path, set()) == referred
     unread = {"cache", "val_batch_size", "cache_rate"}  # accepted because the guide's files have them
     unread |= set(config.get("diffusion_unet_inference", ()))  # each config reads its part, and passes it on whole
-    names = ("data_option", "autoencoder_train", "diffusion_unet_train", "diffusion_unet_inference")
+    unread |= {name for name in config.get("controlnet_train", ()) if "loss" in name}  # RegionLosses.of takes the group
+    names = ("data_option", "autoencoder_train", "diffusion_unet_train", "diffusion_unet_inference", "controlnet_train")
     groups = {g: set(config[g]) for g in names if g in config}
     for group, knobs in groups.items():
         used = {name for text in texts for name in re.findall(rf"@{group}#(\w+)", text)}
@@ -54,7 +66,8 @@ def test_what_configs_share_is_the_same() -> None:
     configs = [json.loads(path.read_text()) for path in CONFIGS]
     for key in ("spatial_dims", "image_channels", "latent_channels", "autoencoder_def", "dataset_dir", "model_dir"):
         assert all(config[key] == configs[0][key] for config in configs), key
-    own = {"_desc_", "output_dir", "splits", "evaluator", "dataloader"}
+    own = {"_desc_", "output_dir", "splits", "evaluator", "dataloader", "dataset"}
+    assert configs[1]["dataset"]["data"] == configs[2]["dataset"]["data"] == configs[3]["dataset"]["data"]
     for key in set(configs[1]) & set(configs[2]) & set(configs[3]) - own:
         assert configs[1][key] == configs[2][key] == configs[3][key], key
 
@@ -67,6 +80,18 @@ def test_what_the_configs_of_diffusion_share_is_the_same() -> None:
     own |= {"generator", "autoencoder", "modality_mapping"}  # of the same classes, from other places
     for key in set(training) & set(generation) - own:
         assert training[key] == generation[key], key
+
+
+def test_what_the_config_of_the_controlnet_shares_is_the_same() -> None:
+    training, diffusion, generation = (json.loads(p.read_text()) for p in (TRAIN_CONTROLNET, *DIFFUSION))
+    own = {"_desc_", "imports", "dataset_dir", "data_base_dir", "json_data_list", "network_def", "unet_net", "average"}
+    own |= {"weights_files", "generator", "optimizer", "scheduler", "log", "train", "validate", "initialize", "run"}
+    for key in set(training) & set(diffusion) - own:
+        assert training[key] == diffusion[key], key
+    for key in ("exp_name", "roi_labels", "trained_diffusion_path", "scale_factor"):
+        assert training[key] == generation[key], key
+    network = {key: value for key, value in generation["controlnet_def"].items() if key != "_disabled_"}
+    assert training["controlnet_def"] == network
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
@@ -95,6 +120,15 @@ def test_their_files_and_the_demo_are_layers_of_diffusion(path: Path) -> None:
     assert theirs["model_dir"] == "./models" and theirs["autoencoder_def"]["norm_float16"] is True
 
 
+def test_their_files_are_layers_of_the_controlnet() -> None:
+    files = [str(EXAMPLES / f"{name}.json") for name in CONTROLNET_EXAMPLES]
+    for layers in (files, [str(MULTI_GPU_CONTROLNET)]):
+        check_command_line(["monai/bundle/__main__.py", "run", "--config_file", str([str(TRAIN_CONTROLNET), *layers])])
+    parser = ConfigParser()
+    parser.read_config([str(TRAIN_CONTROLNET), *files])
+    assert parser["model_dir"] == "./models" and parser["controlnet_def"]["use_flash_attention"] is True
+
+
 def test_expressions_are_short_calls() -> None:
     for path in Path("configs").glob("*.json"):
         for text in strings(json.loads(path.read_text())):
@@ -121,7 +155,10 @@ def test_metadata_matches_the_requirements() -> None:
     assert metadata["version"] in metadata["changelog"]
 
 
-@pytest.mark.parametrize(("layer", "base"), [(MULTI_GPU, TRAIN), (MULTI_GPU_DIFFUSION, TRAIN_DIFFUSION)])
+@pytest.mark.parametrize(
+    ("layer", "base"),
+    [(MULTI_GPU, TRAIN), (MULTI_GPU_DIFFUSION, TRAIN_DIFFUSION), (MULTI_GPU_CONTROLNET, TRAIN_CONTROLNET)],
+)
 def test_the_layer_is_short_and_overrides_what_is_there(layer: Path, base: Path) -> None:
     assert len(layer.read_text().splitlines()) <= 40
     assert set(json.loads(layer.read_text())) - {"_desc_", "finalize"} <= set(json.loads(base.read_text()))
@@ -138,12 +175,21 @@ def test_the_example_files_hold_the_defaults() -> None:
     assert network.items() <= base.items()
 
 
-def test_the_example_files_of_diffusion_hold_the_defaults() -> None:
-    base = json.loads(TRAIN_DIFFUSION.read_text())
-    environment, training, network = (json.loads((EXAMPLES / f"{n}.json").read_text()) for n in DIFFUSION_EXAMPLES)
-    assert training == {group: base[group] for group in ("diffusion_unet_train", "diffusion_unet_inference")}
+@pytest.mark.parametrize(
+    ("config", "names", "groups"),
+    [
+        (TRAIN_DIFFUSION, DIFFUSION_EXAMPLES, ["diffusion_unet_train", "diffusion_unet_inference"]),
+        (TRAIN_CONTROLNET, CONTROLNET_EXAMPLES, ["controlnet_train"]),
+    ],
+    ids=["diffusion", "controlnet"],
+)
+def test_the_example_files_of_diffusion_hold_the_defaults(config: Path, names: list[str], groups: list[str]) -> None:
+    base = json.loads(config.read_text())
+    environment, training, network = (json.loads((EXAMPLES / f"{name}.json").read_text()) for name in names)
+    assert training == {group: base[group] for group in groups}
+    base.setdefault("controlnet_def", network["controlnet_def"])  # of which latent diffusion makes nothing
     ignored = {"_desc_", "norm_float16", "num_splits", "save_mem", "use_flash_attention"}
-    for name in ("autoencoder_def", "diffusion_unet_def"):
+    for name in ("autoencoder_def", "diffusion_unet_def", "controlnet_def"):
         ours, theirs = ({k: v for k, v in d[name].items() if k not in ignored} for d in (base, network))
         assert ours == theirs
         network.pop(name)

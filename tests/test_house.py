@@ -103,7 +103,7 @@ def test_files_and_functions_are_short(capsys: pytest.CaptureFixture[str]) -> No
 
 def test_tests_mirror_the_rooms_and_do_not_import_one_another() -> None:
     folders = {path.name for path in Path("tests").iterdir() if (path / "__init__.py").exists()}
-    assert set(ROOMS) | {"runs", "benchmarks"} == folders
+    assert set(ROOMS) | {"runs", "benchmarks", "gpu"} == folders
     for path, source in modules(Path("tests")).items():
         for node in ast.walk(ast.parse(source)):
             if isinstance(node, ast.ImportFrom) and node.module:

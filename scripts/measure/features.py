@@ -13,6 +13,7 @@ from monai.transforms import ResizeWithPadOrCrop
 # The axis of a RAS volume that slices of a plane lie across.
 PLANES = {"xy": 2, "yz": 0, "zx": 1}
 HU_RANGE = (-1000, 1000)
+HU_BINS = HU_RANGE[1] - HU_RANGE[0] + 1
 GRID = 32  # cells along each axis of a thumbnail
 
 
@@ -123,9 +124,14 @@ def hu_histogram(voxels: np.ndarray) -> np.ndarray:
     Returns:
         (2001,) that sums to 1.
     """
+    bins = hu_bins(voxels).ravel()
+    return np.bincount(bins, minlength=HU_BINS) / bins.size
+
+
+def hu_bins(voxels: np.ndarray) -> np.ndarray:
+    """Voxels in HU as the numbers, int16, of bins of 1 HU: 0 for -1000 HU and less, 2000 for 1000 HU and more."""
     low, high = HU_RANGE
-    bins = np.rint(np.clip(voxels, low, high)).astype(np.int16).ravel() - np.int16(low)
-    return np.bincount(bins, minlength=high - low + 1) / bins.size
+    return np.rint(np.clip(voxels, low, high)).astype(np.int16) - np.int16(low)
 
 
 def wasserstein(p: np.ndarray, q: np.ndarray) -> float:

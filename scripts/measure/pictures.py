@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import hsv_to_rgb
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -31,39 +32,62 @@ def _compared(original: np.ndarray, reconstruction: np.ndarray, intensity_range:
     return {"original": theirs, "reconstruction": ours, "error": errors}
 
 
-def three_planes(volume: np.ndarray, spacing: Sequence[float] = (1.0, 1.0, 1.0)) -> np.ndarray:
+def three_planes(
+    volume: np.ndarray,
+    spacing: Sequence[float] = (1.0, 1.0, 1.0),
+    resampling: Image.Resampling = Image.Resampling.BILINEAR,
+) -> np.ndarray:
     """The three central planes of (X, Y, Z) in [0, 1] side by side, padded to one height: (H, W) in [0, 1].
 
     Args:
         volume: in RAS.
         spacing: along the axes; planes are resized to square pixels as small as the least of the three.
+        resampling: by which they are.
     """
     sizes = [max(round(n * length / min(spacing)), 1) for n, length in zip(volume.shape, spacing, strict=True)]
     across, height = (sizes[1], sizes[0], sizes[0]), (sizes[2], sizes[2], sizes[1])
-    planes = [_resized(*plane) for plane in zip(_planes(volume), height, across, strict=True)]
+    planes = [_resized(*plane, resampling) for plane in zip(_planes(volume), height, across, strict=True)]
     padded = [np.pad(plane, ((0, max(height) - len(plane)), (0, 0))) for plane in planes]
     return np.clip(np.concatenate(padded, axis=1), 0, 1)
 
 
-def _resized(plane: np.ndarray, height: int, width: int) -> np.ndarray:
+def label_planes(labels: np.ndarray, spacing: Sequence[float] = (1.0, 1.0, 1.0)) -> np.ndarray:
+    """The three central planes of a label map (X, Y, Z), 0 to 255, in colours: (H, W, 3) in [0, 1], as `three_planes`.
+
+    0 is black, 200, the rest of the body, dark grey; labels that follow each other have colours far apart.
+    """
+    indices = three_planes(np.asarray(labels, np.float32) / 255, spacing, Image.Resampling.NEAREST)
+    hues = np.arange(256) * 0.618034 % 1  # the golden ratio
+    colours = hsv_to_rgb(np.stack([hues, np.full(256, 0.65), np.full(256, 0.95)], axis=-1))
+    colours[0], colours[200] = 0, 0.25
+    return colours[np.rint(indices * 255).astype(int)]
+
+
+def in_grey(planes: np.ndarray) -> np.ndarray:
+    """Planes (H, W) in [0, 1] as a picture (H, W, 3) in [0, 1], 0 to 0.7 being black to white."""
+    return np.repeat(np.clip(planes / 0.7, 0, 1)[..., None], 3, axis=-1)
+
+
+def _resized(plane: np.ndarray, height: int, width: int, resampling: Image.Resampling) -> np.ndarray:
     if plane.shape == (height, width):
         return plane
     picture = Image.fromarray(np.ascontiguousarray(plane, np.float32))
-    return np.asarray(picture.resize((width, height), Image.Resampling.BILINEAR))
+    return np.asarray(picture.resize((width, height), resampling))
 
 
 def save_sheet(pictures: Mapping[str, np.ndarray], path: Path, title: str, intensity_range: float = 2000.0) -> None:
     """A PNG of many volumes' planes, each with its name, at most four beside each other.
 
     Args:
-        pictures: (H, W) in [0, 1], as of `three_planes`, by the names to print; 0 to 0.7 is black to white.
+        pictures: (H, W) in [0, 1], as of `three_planes`, by the names to print; 0 to 0.7 is black to white. Or in
+            colours, (H, W, 3).
         path: of the PNG.
         title: above them.
         intensity_range: what 1.0 is in HU.
     """
     columns = min(math.ceil(math.sqrt(len(pictures))), 4)
     rows = math.ceil(len(pictures) / columns)
-    height, width = next(iter(pictures.values())).shape
+    height, width = next(iter(pictures.values())).shape[:2]
     figure = Figure(figsize=(4.5 * columns, (4.5 * height / width + 0.3) * rows + 0.5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
@@ -74,6 +98,55 @@ def save_sheet(pictures: Mapping[str, np.ndarray], path: Path, title: str, inten
         axis.set_title(_printable(name), fontsize=8, parse_math=False)
     text = f"{title}\nsagittal, coronal, axial; {_window(intensity_range)}"
     figure.suptitle(text, fontsize=10, parse_math=False)
+    with whole(path) as part:
+        figure.savefig(part, dpi=100, format="png")
+
+
+def obeying_planes(
+    labels: np.ndarray, volume: np.ndarray, real: np.ndarray | None, spacing: Sequence[float]
+) -> dict[str, np.ndarray]:
+    """A label map, what was made for it, and what lies between that and the real volume, for `save_rows`.
+
+    Args:
+        labels: (X, Y, Z) uint8 in RAS.
+        volume: in the same shape, in [0, 1].
+        real: likewise, or None.
+        spacing: mm along the axes.
+
+    Returns:
+        `label map`; `generated`, -1000 to 400 HU black to white; and `|difference to the real one|` inside the map, 0
+        to 300 HU black to yellow; (H, W, 3) uint8.
+    """
+    planes = {"label map": label_planes(labels, spacing), "generated": in_grey(three_planes(volume, spacing))}
+    if real is not None:
+        difference = three_planes(np.where(labels > 0, abs(volume - real), 0), spacing) / 0.15
+        planes["|difference to the real one|"] = colormaps["inferno"](difference)[..., :3]
+    return {name: (255 * picture).astype(np.uint8) for name, picture in planes.items()}
+
+
+def save_rows(rows: Mapping[str, Mapping[str, np.ndarray]], path: Path, title: str) -> None:
+    """A PNG with a row of pictures for each volume.
+
+    Args:
+        rows: by the volumes' names, pictures (H, W, 3), uint8 or in [0, 1], by the names of their columns.
+        path: of the PNG.
+        title: above them.
+    """
+    columns = list(dict.fromkeys(name for row in rows.values() for name in row))
+    height, width = next(iter(next(iter(rows.values())).values())).shape[:2]
+    size = (4.5 * len(columns), (4.5 * height / width + 0.3) * len(rows) + 0.5)
+    figure = Figure(figsize=size, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(len(rows), len(columns), squeeze=False)
+    for axis in axes.ravel():
+        axis.axis("off")
+    for line, (name, row) in zip(axes, rows.items(), strict=True):
+        line[0].set_title(_printable(name), fontsize=8, loc="left", parse_math=False)
+        for column, picture in row.items():
+            line[columns.index(column)].imshow(picture)
+    for axis, column in zip(axes[0], columns, strict=True):
+        axis.set_title(column, fontsize=8)
+    figure.suptitle(f"{title}\nsagittal, coronal, axial", fontsize=10, parse_math=False)
     with whole(path) as part:
         figure.savefig(part, dpi=100, format="png")
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 import math
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
@@ -15,34 +15,32 @@ from torch import nn
 from scripts.common.errors import UserError
 from scripts.common.monai_bundle import live_parser
 from scripts.common.ranks import gather
+from scripts.networks.diffusion_files import UNET, newest, number, read
 from scripts.networks.flow import guided
-from scripts.networks.weights import load_file
 
 logger = logging.getLogger(__name__)
 
-DEFINITION = "diffusion_unet_def"
-_STATE = "unet_state_dict"
 
-
-def check_definition(key: str = DEFINITION) -> None:
-    """Make the definition of a network one that MONAI can build on this machine.
+def check_definition(*keys: str) -> None:
+    """Make the definitions of networks ones that MONAI can build on this machine.
 
     An entry of `initialize`, right after the command line is read: whatever was built before that is built anew.
     `use_flash_attention` becomes false where there is no GPU, since MONAI then refuses it; the results are the same.
 
     Args:
-        key: of the definition in the config.
+        keys: of the definitions in the config; the UNet's where there are none.
 
     Raises:
         UserError: where `einops`, which attention needs, is not installed.
     """
     if find_spec("einops") is None:
         raise UserError("einops is not installed, which attention needs; pip install -r requirements.txt")
-    parser, flash = live_parser(), f"{key}#use_flash_attention"
-    if parser is not None and parser.get(flash) is True and not torch.cuda.is_available():
-        logger.info("%s is taken as false: there is no GPU", flash)
-        parser[flash] = False
-        parser.parse(reset=True)
+    parser = live_parser()
+    for flash in (f"{key}#use_flash_attention" for key in keys or (UNET.definition,)):
+        if parser is not None and parser.get(flash) is True and not torch.cuda.is_available():
+            logger.info("%s is taken as false: there is no GPU", flash)
+            parser[flash] = False
+            parser.parse(reset=True)
 
 
 class Inputs(NamedTuple):
@@ -78,6 +76,16 @@ def size_multiple(network: nn.Module) -> int:
     return 2 ** (len(bare.block_out_channels) - 1)
 
 
+class Control(Protocol):
+    """What else a UNet is told, level by level; see `controlnet.Control`."""
+
+    def residuals(
+        self, x: torch.Tensor, timesteps: torch.Tensor, modality: torch.Tensor | None, unguided: bool = False
+    ) -> Mapping[str, Any]:
+        """Keyword arguments for the UNet; `unguided` for the pass that guidance leads away from."""
+        ...
+
+
 def predict(
     network: nn.Module,
     x: torch.Tensor,
@@ -88,6 +96,7 @@ def predict(
     top: torch.Tensor | None = None,
     bottom: torch.Tensor | None = None,
     guidance: float = 0.0,
+    control: Control | None = None,
 ) -> torch.Tensor:
     """The velocity that a UNet tells; conditions that it does not take are not given to it.
 
@@ -100,112 +109,30 @@ def predict(
         top: of the body region.
         bottom: of the body region.
         guidance: scale of classifier-free guidance, which costs a second pass, without the modality; 0 for none.
+        control: adds to what the UNet makes of `x`.
 
     Returns:
         (B, C, X, Y, Z), in the compute type; with guidance, which makes its rounding larger, float32.
     """
     assert guidance >= 0
     takes = inputs(network)
-    given = {
-        "spacing_tensor": spacing if takes.spacing else None,
-        "class_labels": modality if takes.modality else None,
-        "top_region_index_tensor": top if takes.top else None,
-        "bottom_region_index_tensor": bottom if takes.bottom else None,
-    }
-    told = network(x=x, timesteps=timesteps, **given)
-    if guidance == 0 or given["class_labels"] is None:
+
+    def velocity(modality: torch.Tensor | None, unguided: bool) -> torch.Tensor:
+        return network(
+            x=x,
+            timesteps=timesteps,
+            spacing_tensor=spacing if takes.spacing else None,
+            class_labels=modality if takes.modality else None,
+            top_region_index_tensor=top if takes.top else None,
+            bottom_region_index_tensor=bottom if takes.bottom else None,
+            **(control.residuals(x, timesteps, modality, unguided) if control else {}),
+        )
+
+    told = velocity(modality, False)
+    if guidance == 0 or not (takes.modality or control):
         return told
-    given["class_labels"] = torch.zeros_like(given["class_labels"])
-    return guided(told.float(), network(x=x, timesteps=timesteps, **given).float(), guidance)
-
-
-def unet_file(
-    network: nn.Module,
-    *,
-    epoch: int,
-    loss: float,
-    scale_factor: float,
-    num_train_timesteps: int = 1000,
-    facts: dict[str, Any] | None = None,
-) -> dict[str, Any]:
-    """The content of a weights file in NV-Generate-CTMR's layout; for `weights.write_tensors`.
-
-    Args:
-        network: not wrapped in DistributedDataParallel.
-        epoch: how many are done.
-        loss: of the last one.
-        scale_factor: latents times this are what the network knows; a tensor in the file.
-        num_train_timesteps: of the flow.
-        facts: plain values about the training, under a key of their own that NV-Generate-CTMR does not read.
-    """
-    return {
-        "epoch": epoch,
-        "loss": loss,
-        "num_train_timesteps": num_train_timesteps,
-        "scale_factor": torch.tensor(float(scale_factor)),
-        "facts": facts or {},
-        _STATE: {name: tensor.detach().float().cpu() for name, tensor in network.state_dict().items()},
-    }
-
-
-@dataclass(frozen=True)
-class UNetFile:
-    """What a weights file says beside the weights; None where it does not.
-
-    Attributes:
-        path: of the file.
-        sha256: of the file, hexadecimal.
-        scale_factor: of the latents.
-        epoch: how many were done.
-        loss: of the last one.
-        num_train_timesteps: of the flow.
-        facts: those given to `unet_file`; empty in files of others.
-    """
-
-    path: Path
-    sha256: str
-    scale_factor: float | None = None
-    epoch: int | None = None
-    loss: float | None = None
-    num_train_timesteps: int | None = None
-    facts: dict[str, Any] = field(default_factory=dict)
-
-
-def read_unet(network: nn.Module, path: str | Path, key: str = "existing_ckpt_filepath") -> UNetFile:
-    """Load weights, strictly, from a file of ours or of NV-Generate-CTMR, or a bare state dict.
-
-    Args:
-        network: not wrapped in DistributedDataParallel.
-        path: of the file.
-        key: of the config where the path stands, for what errors say.
-
-    Raises:
-        UserError: where the file is missing, damaged, or holds other weights, see `weights.read_weights`; where its
-            scale factor is no positive number.
-    """
-    content, sha256 = load_file(network, path, f"correct {key}", DEFINITION)
-    if _STATE not in content:
-        return UNetFile(Path(path), sha256)
-    numbers = {name: _number(content.get(name)) for name in ("scale_factor", "epoch", "loss", "num_train_timesteps")}
-    scale, epoch, steps = numbers["scale_factor"], numbers["epoch"], numbers["num_train_timesteps"]
-    if scale is not None and not 0 < scale < math.inf:
-        raise UserError(f"{path}: scale_factor is {scale}, which is no positive number; use weights saved earlier")
-    return UNetFile(
-        path=Path(path),
-        sha256=sha256,
-        scale_factor=scale,
-        epoch=None if epoch is None else int(epoch),
-        loss=numbers["loss"],
-        num_train_timesteps=None if steps is None else int(steps),
-        facts=content.get("facts") or {},
-    )
-
-
-def _number(value: Any) -> float | None:
-    """A number, or a tensor of one; None for anything else."""
-    if isinstance(value, torch.Tensor) and value.numel() == 1:
-        return float(value)
-    return float(value) if isinstance(value, (int, float)) else None
+    unknown = None if modality is None else torch.zeros_like(modality)
+    return guided(told.float(), velocity(unknown, True).float(), guidance)
 
 
 class UNetWeights:
@@ -236,11 +163,16 @@ class UNetWeights:
         scale_factor: float | None = None,
     ) -> None:
         self.network = network
-        path = Path(trained_diffusion_path) if trained_diffusion_path else _newest(Path(model_dir), model_filename)
-        self.file = read_unet(network, path, "trained_diffusion_path")
+        path = trained_diffusion_path or newest(Path(model_dir), model_filename)
+        if path is None:
+            raise UserError(
+                f"{model_dir}: holds no weights of latent diffusion ({model_filename} and the like); train with "
+                "configs/train_diffusion.json first, or give trained_diffusion_path"
+            )
+        self.file = read(network, path, UNET, "trained_diffusion_path")
         if len(set(gather(self.file.sha256))) > 1:
             raise UserError(f"{path}: the ranks read different weights; give trained_diffusion_path")
-        factor = self.file.scale_factor if scale_factor is None else _number(scale_factor)
+        factor = self.file.scale_factor if scale_factor is None else number(scale_factor)
         if factor is None or not 0 < factor < math.inf:
             found = factor if scale_factor is None else repr(scale_factor)
             raise UserError(
@@ -252,17 +184,3 @@ class UNetWeights:
     def facts(self) -> dict[str, str | None]:
         """Which weights these are, for what is written with results."""
         return {"weights": str(self.file.path), "weights_sha256": self.file.sha256}
-
-
-def _newest(folder: Path, name: str) -> Path:
-    """The newest of a training's best weights, else its last ones; fine-tuned ones before those they came from."""
-    stem, ending = Path(name).stem, Path(name).suffix
-    best = [p for s in (f"{stem}_best_epoch*", f"{stem}_finetuned_best_epoch*") for p in folder.glob(s + ending)]
-    best.sort(key=lambda path: (path.stat().st_mtime_ns, path.name))
-    for path in (*best[-1:], folder / f"{stem}_finetuned{ending}", folder / name):
-        if path.is_file():
-            return path
-    raise UserError(
-        f"{folder}: holds no weights of latent diffusion ({name} and the like); train with "
-        "configs/train_diffusion.json first, or give trained_diffusion_path"
-    )

@@ -13,9 +13,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from scripts.networks import flow
+from scripts.networks import diffusion_files, flow
+from scripts.networks.diffusion_files import UNET
 from scripts.networks.flow import Flow
-from scripts.networks.unet import predict, unet_file
+from scripts.networks.unet import Control, predict
 from scripts.training.engine import TrainingEngine
 
 logger = logging.getLogger(__name__)
@@ -34,32 +35,33 @@ def quarter(t: torch.Tensor) -> list[int]:
     return ((t * 4).floor().clamp(0, 3) + 1).int().tolist()
 
 
-def velocity_errors(
+def told_velocity(
     network: nn.Module,
     noise_flow: Flow,
-    latents: torch.Tensor,
-    noise: torch.Tensor,
+    noisy: torch.Tensor,
     t: torch.Tensor,
     batch: Mapping[str, Any],
+    control: Control | None = None,
 ) -> torch.Tensor:
-    """The mean absolute error, in float32, of the velocity that a UNet tells of each sample, (B,).
+    """The velocity that a UNet tells, (B, C, X, Y, Z) float32.
 
     Args:
         network: wrapped in DistributedDataParallel or not.
         noise_flow: whose number of timesteps the network is told.
-        latents: (B, C, X, Y, Z), scaled.
-        noise: in the same shape.
+        noisy: latents (B, C, X, Y, Z), scaled and noisy.
         t: times (B,).
         batch: has `modality` and the conditions.
+        control: adds to what the UNet makes of it.
     """
-    told = predict(
-        network,
-        flow.noisy(latents, noise, t),
-        t * noise_flow.num_train_timesteps,
-        modality=batch["modality"],
-        **conditions(batch),
-    )
-    return (told.float() - flow.velocity(latents, noise)).abs().flatten(1).mean(1)
+    timesteps = t * noise_flow.num_train_timesteps
+    given = {"modality": batch["modality"], **conditions(batch)}
+    return predict(network, noisy, timesteps, **given, control=control).float()
+
+
+def mean_errors(told: torch.Tensor, velocity: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
+    """The mean absolute error of each sample, (B,), of voxels that may have `weights`."""
+    errors = (told - velocity).abs()
+    return (errors if weights is None else errors * weights).flatten(1).mean(1)
 
 
 class DiffusionTrainer(TrainingEngine):
@@ -77,6 +79,7 @@ class DiffusionTrainer(TrainingEngine):
     """
 
     remedy = "lower diffusion_unet_train#batch_size, or train on smaller latents (memory goes with their voxels)"
+    trained, kind = "unet", UNET  # the network that is trained, and what its file is
 
     def __init__(
         self,
@@ -97,7 +100,8 @@ class DiffusionTrainer(TrainingEngine):
         noise, t, uniform = self.draw(latents)
         told = batch | {"modality": flow.dropped(batch["modality"], uniform, self.label_dropout)}
         with self.autocast():
-            errors = velocity_errors(self.networks["unet"], self.flow, latents, noise, t, told)
+            velocity = told_velocity(self.networks["unet"], self.flow, flow.noisy(latents, noise, t), t, told)
+        errors = mean_errors(velocity, flow.velocity(latents, noise))
         loss = errors.mean()
         self.update("optimizer", loss)
         return {"loss": loss} | self._by_quarter(errors.detach(), latents.shape[2:])
@@ -140,10 +144,10 @@ class DiffusionTrainer(TrainingEngine):
         """
         validations = self.progress.validations
         loss = validations[-1]["loss"] if validations else float((self.state.output or {}).get("loss", math.nan))
-        network = self.results()["unet"]
         return {
-            "unet": unet_file(
-                network,
+            self.trained: diffusion_files.content(
+                self.results()[self.trained],
+                self.kind,
                 epoch=self.state.epoch,
                 loss=loss,
                 scale_factor=self.scale_factor,

@@ -16,8 +16,10 @@ from scripts.common.errors import UserError
 from scripts.common.files import read_json
 from scripts.data.latent_list import Entry, check_sizes, described, ranges, read_mapping
 from scripts.data.latents import LatentStore, scale_factor
+from scripts.networks import diffusion_files
 from scripts.networks.autoencoder import Reconstructor
-from scripts.networks.unet import inputs, read_unet, size_multiple
+from scripts.networks.diffusion_files import UNET
+from scripts.networks.unet import inputs, size_multiple
 from scripts.networks.weights import Weights
 from scripts.training.engine import TrainingEngine
 
@@ -114,7 +116,7 @@ def scale_for(
     Raises:
         UserError: where the weights cannot be loaded, or the scale can neither be measured nor read.
     """
-    start = read_unet(network, existing_ckpt_filepath) if existing_ckpt_filepath else None
+    start = diffusion_files.read(network, existing_ckpt_filepath, UNET) if existing_ckpt_filepath else None
     if start is None or (kept := start.scale_factor) is None:
         return _measured(entries, store)
     before, now = start.facts.get("autoencoder_sha256"), autoencoder_of(entries)
@@ -145,20 +147,33 @@ def _measured(entries: Sequence[Entry], store: LatentStore) -> Scale:
     return Scale(*scale_factor(entries, store))
 
 
-def weights_files(model_dir: str, model_filename: str, existing_ckpt_filepath: str | None = None) -> dict[str, str]:
+def weights_files(
+    model_dir: str,
+    model_filename: str,
+    existing_ckpt_filepath: str | None = None,
+    network: str = "unet",
+    key: str = "model_filename",
+) -> dict[str, str]:
     """Which network each weights file holds; none of them is the one that the training starts from.
+
+    Args:
+        model_dir: their folder.
+        model_filename: of the newest ones.
+        existing_ckpt_filepath: what the training starts from, or None.
+        network: the name of the one that is trained.
+        key: of the config, where `model_filename` comes from.
 
     Raises:
         UserError: where `model_filename` is no name of a file.
     """
     name = Path(model_filename)
     if not name.name or name.name != str(name):
-        raise UserError(f"model_filename is {model_filename!r}; use the name of a file, its folder being model_dir")
+        raise UserError(f"{key} is {model_filename!r}; use the name of a file, its folder being model_dir")
     written = [Path(model_dir) / name, *Path(model_dir).glob(_best_of(name).format("*"))]
     if existing_ckpt_filepath and Path(existing_ckpt_filepath).resolve() in [file.resolve() for file in written]:
         name = name.with_stem(f"{name.stem}_finetuned")
         logger.warning("%s is what the training starts from, and is kept; it writes %s", existing_ckpt_filepath, name)
-    return {str(name): "unet", _best_of(name): "unet"}
+    return {str(name): network, _best_of(name): network}
 
 
 def _best_of(name: Path) -> str:

@@ -11,10 +11,10 @@ import torch
 from scripts.common import ranks
 from scripts.common.errors import UserError
 from scripts.common.precision import autocast
-from scripts.networks.flow import Flow
+from scripts.networks.flow import Flow, noisy, velocity
 from scripts.networks.whole_volumes import WholeVolumes
 from scripts.networks.windows import VolumeInferer
-from scripts.training.diffusion import quarter, velocity_errors
+from scripts.training.diffusion import mean_errors, quarter, told_velocity
 from scripts.training.validation import together
 
 
@@ -42,6 +42,7 @@ class FlowValidation(WholeVolumes):
     """
 
     remedy = "train on smaller latents"
+    nothing = "the datalist has no list 'validation'"  # why there may be no latents
     interrupted = False
 
     def __init__(
@@ -65,11 +66,11 @@ class FlowValidation(WholeVolumes):
         """Forget the last validation."""
         self.interrupted = False
         self.errors: list[tuple[int, float]] = []  # quarter and error of each draw
-        self.broken: list[str] = []
+        self.broken: dict[int, str] = {}
 
     def pass_over(self, why: str) -> None:
         """Take note that a latent cannot be read; how many may be is known at the end."""
-        self.broken.append(why)
+        self.broken[self.index] = why
 
     def interrupt(self) -> None:
         """End this validation after the present latent, on all ranks, without metrics."""
@@ -86,15 +87,21 @@ class FlowValidation(WholeVolumes):
         batch = {n: v[None].to(device) for n, v in volume.items() if isinstance(v, torch.Tensor)}
         latent = batch["latent"] * self.scale_factor
         times = self.flow.drawn((torch.arange(self.draws) + 0.5) / self.draws, latent.shape[2:])
-        index = self.data_loader.indices[self.state.iteration - 1]  # type: ignore[union-attr]
         found = []
         for place, t in enumerate(times.split(1)):
-            seed = int(np.random.SeedSequence([self.seed, index, place]).generate_state(1)[0])
+            seed = int(np.random.SeedSequence([self.seed, self.index, place]).generate_state(1)[0])
             # On the CPU, so that it is the same noise on every device.
             noise = torch.randn(latent.shape, generator=torch.Generator().manual_seed(seed)).to(device)
-            with autocast(device, self.dtype):
-                found.append(velocity_errors(self.network, self.flow, latent, noise, t.to(device), batch))
+            found.append(self.draw_errors(latent, noise, t.to(device), batch))
         self.errors += zip(quarter(times), torch.cat(found).tolist(), strict=True)
+
+    def draw_errors(
+        self, latent: torch.Tensor, noise: torch.Tensor, t: torch.Tensor, batch: dict[str, Any]
+    ) -> torch.Tensor:
+        """The mean absolute error (1,) of the velocity at one draw of time and noise."""
+        with autocast(self.state.device, self.dtype):
+            told = told_velocity(self.network, self.flow, noisy(latent, noise, t), t, batch)
+        return mean_errors(told, velocity(latent, noise))
 
     def finish(self) -> None:
         """Set `state.metrics`, on all ranks.
@@ -121,7 +128,7 @@ class FlowValidation(WholeVolumes):
         """
         latents: Any = self.data_loader.dataset  # type: ignore[union-attr]
         if not len(latents):
-            return {"a validation": "none, and no best epoch: the datalist has no list 'validation'"}
+            return {"a validation": f"none, and no best epoch: {self.nothing}"}
         voxels = sum(math.prod(size) for size in latents.sizes()) * self.draws
         return {"a validation": f"costs about {max(voxels / samples_voxels / 3, 1):.0f} training steps"}
 

@@ -12,10 +12,11 @@ from scripts.networks.windows import check_size
 
 
 class Rule(NamedTuple):
-    """Which values of a knob are good, and what to use instead of others."""
+    """Which values of a knob are good, what to use instead of others, and whether a group may leave it out."""
 
     good: Callable[[Any], bool]
     use: str
+    optional: bool = False
 
 
 def _number(low: float, inclusive: bool = True) -> Callable[[Any], bool]:
@@ -62,6 +63,23 @@ DIFFUSION_UNET_INFERENCE = {
     "modality": ANY,
     "cfg_guidance_scale": WEIGHT,
 }
+LABELS = Rule(
+    lambda value: isinstance(value, (list, tuple)) and all(type(n) is int and 0 <= n <= 255 for n in value),
+    "a list of labels, 0 to 255",
+)
+CONTROLNET_TRAIN = {
+    "batch_size": COUNT,
+    "cache_rate": ANY,
+    "fold": Rule(lambda value: type(value) is int and value >= 0, "a whole number from 0"),
+    "lr": RATE,
+    "n_epochs": COUNT,
+    "weighted_loss_label": LABELS,
+    "weighted_loss": WEIGHT,
+    # Files of NV-Generate-CTMR from before the contrast have none of these.
+    "use_region_contrasive_loss": Rule(lambda value: isinstance(value, bool), "true or false", optional=True),
+    "region_contrasive_loss_delta": WEIGHT._replace(optional=True),
+    "region_contrasive_loss_weight": WEIGHT._replace(optional=True),
+}
 
 
 def check_group(group: str, knobs: Mapping[str, Any], rules: Mapping[str, Rule]) -> None:
@@ -76,6 +94,8 @@ def check_group(group: str, knobs: Mapping[str, Any], rules: Mapping[str, Rule])
             hint = f"did you mean {close[0]!r}?" if close else f"the knobs are {', '.join(rules)}"
             raise UserError(f"{group}: unknown knob {name!r}; {hint}")
     for name, rule in rules.items():
+        if name not in knobs and rule.optional:
+            continue
         if name not in knobs:
             raise UserError(f"{group}: {name!r} is missing (a layer replaces a group whole); add it")
         if not rule.good(knobs[name]):
@@ -115,4 +135,18 @@ def check_diffusion(diffusion_unet_train: Mapping[str, Any], diffusion_unet_infe
         UserError: naming the knob, its value and what it should be.
     """
     check_group("diffusion_unet_train", diffusion_unet_train, DIFFUSION_UNET_TRAIN)
+    check_group("diffusion_unet_inference", diffusion_unet_inference, DIFFUSION_UNET_INFERENCE)
+
+
+def check_controlnet(controlnet_train: Mapping[str, Any], diffusion_unet_inference: Mapping[str, Any]) -> None:
+    """The group of the training file of a ControlNet, and that by which it generates.
+
+    Args:
+        controlnet_train: the group of that name.
+        diffusion_unet_inference: the group of that name.
+
+    Raises:
+        UserError: naming the knob, its value and what it should be.
+    """
+    check_group("controlnet_train", controlnet_train, CONTROLNET_TRAIN)
     check_group("diffusion_unet_inference", diffusion_unet_inference, DIFFUSION_UNET_INFERENCE)

@@ -19,15 +19,17 @@ class Findings:
     """What one rank found out.
 
     Attributes:
-        cases: of each volume `name`, `path`, `sets`, `split`, `size`, `spacing`, `mean_hu`, `thumbnail` and `planes`,
-            a picture.
+        cases: of each volume `name`, `path`, `sets`, `split`, `size`, `spacing`, `mean_hu`, `thumbnail`, `planes`, a
+            picture, and `obeying`, what `scripts.use.obedience.Obedience` says of it, or None.
         gaussians: of the features, by network, set and plane.
         histograms: sums over volumes, by set.
+        labels: histograms by label, sums over volumes, as it gives them.
     """
 
     cases: list[dict[str, Any]] = field(default_factory=list)
     gaussians: dict[tuple[str, str, str], Gaussian] = field(default_factory=dict)
     histograms: dict[str, np.ndarray] = field(default_factory=dict)
+    labels: dict[str, np.ndarray] = field(default_factory=dict)
 
     @staticmethod
     def merged(parts: Sequence[Findings]) -> Findings:
@@ -38,7 +40,14 @@ class Findings:
         for name in SETS:
             if shares := [part.histograms[name] for part in parts if name in part.histograms]:
                 whole.histograms[name] = np.sum(shares, axis=0)
+        for part in parts:
+            whole.add_labels(part.labels)
         return whole
+
+    def add_labels(self, histograms: Mapping[str, np.ndarray]) -> None:
+        """Add those of a volume, or of a rank."""
+        for name, counts in histograms.items():
+            self.labels[name] = self.labels.get(name, 0) + counts
 
     def of(self, name: str) -> list[dict[str, Any]]:
         """The cases of a set, or those of the reference that are held out."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from scripts.common.files import write_json, write_text
+from scripts.common.precision import computed_in
 from scripts.measure.latents import LatentHealth
 from scripts.measure.metrics import reconstruction_metrics, tissue_errors
 from scripts.measure.pictures import comparison_planes, save_comparison
@@ -68,7 +69,9 @@ class Evaluation(VolumeWorkflow):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self.folder, self.facts, self.lpips = Path(output_dir), {**facts, "bundle_version": bundle_version}, lpips
+        self.folder, self.lpips = Path(output_dir), lpips
+        how = computed_in(self.state.device, self.amp)
+        self.facts = {**facts, "bundle_version": bundle_version, "computed_in": how}
 
     def start(self) -> None:
         """Forget what an earlier run found out."""

@@ -12,12 +12,23 @@ import torch
 
 from scripts.common.errors import UserError
 from scripts.common.files import write_json, write_text
+from scripts.common.precision import computed_in
 from scripts.common.progress import progress_bar
 from scripts.measure.features import HU_RANGE, Gaussian, hu_histogram, in_geometry, plane_features, thumbnail
-from scripts.measure.pictures import comparison_planes
+from scripts.measure.pictures import comparison_planes, save_rows
 from scripts.networks.whole_volumes import NotFiniteError
+from scripts.use import obedience
 from scripts.use.comparison import Findings, notes_on
-from scripts.use.generated_report import COMPARABLE, fid_table, generated_csv, generated_page, hu_table, nearest_table
+from scripts.use.generated_report import (
+    COMPARABLE,
+    fid_table,
+    generated_csv,
+    generated_page,
+    hu_table,
+    nearest_table,
+    obeying_text,
+)
+from scripts.use.obedience import Obedience
 from scripts.use.report import markdown
 from scripts.use.sets import FEWEST, GENERATED, HELD_OUT, REFERENCE, SETS, TRAINING, first_geometry, three_numbers
 from scripts.use.workflow import VolumeWorkflow
@@ -46,10 +57,11 @@ DEFINITIONS = {
     "that is mirrored or shifted",
     "mean_hu": "mean over all voxels, clipped to -1000..1000 HU",
 }
+OBEYING = "obeying.png"
 
 
 class GeneratedEvaluation(VolumeWorkflow):
-    """Writes `generated.csv`, `summary.json`, `summary.md` and `report.html`.
+    """Writes `generated.csv`, `summary.json`, `summary.md` and `report.html`; and `obeying.png`, of label maps.
 
     Args:
         output_dir: folder of these.
@@ -57,6 +69,8 @@ class GeneratedEvaluation(VolumeWorkflow):
         spacing: mm, that FID is measured at; None takes the first generated volume's.
         size: voxels, that FID is measured at; None takes the first generated volume's.
         center_slices_ratio: which share of the slices along each axis is taken, about the centre.
+        tissues: that are looked for in volumes with label maps, as for `Obedience`.
+        label_voxels: how many voxels a label must have more than for its HU to be compared.
         kwargs: of `WholeVolumes`; the network is what `feature_networks` makes, and the items come from `find_sets`.
 
     Raises:
@@ -74,6 +88,8 @@ class GeneratedEvaluation(VolumeWorkflow):
         spacing: Sequence[float] | None = None,
         size: Sequence[int] | None = None,
         center_slices_ratio: float = 0.4,
+        tissues: Mapping[str, Any] | None = None,
+        label_voxels: int = 500,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -84,12 +100,14 @@ class GeneratedEvaluation(VolumeWorkflow):
         self.spacing = own_spacing if spacing is None else three_numbers("spacing", spacing, float)
         self.size = own_size if size is None else three_numbers("size", size, int)
         self.folder, self.ratio = Path(output_dir), center_slices_ratio
+        self.obedience = Obedience(tissues or {}, label_voxels, entries)
         self.facts = {
             "reference_splits": sorted({entry["split"] for entry in entries if REFERENCE in entry["sets"]}),
             "spacing": self.spacing,
             "size": self.size,
             "center_slices_ratio": self.ratio,
             "bundle_version": bundle_version,
+            "computed_in": computed_in(self.state.device, self.amp),
         }
 
     def start(self) -> None:
@@ -126,6 +144,8 @@ class GeneratedEvaluation(VolumeWorkflow):
         case = {"name": volume["name"], "path": volume["image"], "size": list(image.shape)}
         case |= {key: volume[key] for key in ("sets", "split", "spacing")} | {"planes": planes["original"]}
         case |= {"thumbnail": thumbnail(image), "mean_hu": float(histogram @ np.arange(HU_RANGE[0], HU_RANGE[1] + 1))}
+        labels, case["obeying"] = self.obedience.measure(volume)
+        self.found.add_labels(labels)
         self._add(case, features, compared, histogram)  # last: of volumes that fail nothing counts
         self.bar.update()
 
@@ -152,21 +172,30 @@ class GeneratedEvaluation(VolumeWorkflow):
             logger.error("too few volumes are left to compare (%s): no report is written", ", ".join(few))
             return
         found.find_nearest()
-        summary = self._summary(found)
+        obeying = [case["obeying"] for case in found.of(GENERATED) if case["obeying"]]
+        summary = self._summary(found, obeying)
         write_text(self.folder / "generated.csv", generated_csv(found.of(GENERATED)))
         write_json(self.folder / "summary.json", summary)
         tables = {"2.5D FID": fid_table, "Hounsfield units": hu_table, "Nearest training volume": nearest_table}
         told = {heading: markdown(table(summary)) for heading, table in tables.items()}
+        sheet = None
+        if obeying:
+            told["Obeying the map"] = obeying_text(summary["obeying"])
+        if planes := {one["name"]: one["planes"] for one in obeying if "planes" in one}:
+            sheet = self.folder / OBEYING
+            save_rows(planes, sheet, f"{len(planes)} of {len(obeying)} generated volumes with label maps")
+        printed = "\n\n".join(told.values())
         told |= {"What can be compared": COMPARABLE, "Notes": "\n".join(f"- {note}" for note in summary["notes"])}
-        told["Definitions"] = "\n".join(f"- `{name}`: {text}" for name, text in DEFINITIONS.items())
+        told["Definitions"] = "\n".join(f"- `{name}`: {text}" for name, text in summary["definitions"].items())
         sections = "\n".join(f"\n## {heading}\n\n{text}" for heading, text in told.items() if text)
         write_text(self.folder / "summary.md", f"# {len(found.of(GENERATED))} generated volumes\n{sections}\n")
         cases = {name: found.of(name) for name in (GENERATED, REFERENCE, HELD_OUT)}
-        write_text(self.folder / "report.html", generated_page(cases, summary))
-        print("\n" + "\n\n".join(markdown(table(summary)) for table in tables.values()))
-        print(f"\nreport    {self.folder / 'report.html'}\nnumbers   {self.folder / 'generated.csv'}")
+        write_text(self.folder / "report.html", generated_page(cases, summary, sheet))
+        print(f"\n{printed}\n\nreport    {self.folder / 'report.html'}\nnumbers   {self.folder / 'generated.csv'}")
+        if sheet:
+            print(f"picture   {sheet}")
 
-    def _summary(self, found: Findings) -> dict[str, Any]:
+    def _summary(self, found: Findings, obeying: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Everything about the sets, as `summary.json` holds it."""
         networks = dict(self.network.items())  # type: ignore[operator]
         summary: dict[str, Any] = {
@@ -179,4 +208,9 @@ class GeneratedEvaluation(VolumeWorkflow):
             "field_of_view_mm": {name: found.field_of_view(name) for name in (GENERATED, REFERENCE)},
         }
         notes = notes_on(summary, {net.label: net.features for net in networks.values()})
-        return summary | {"notes": notes, "definitions": DEFINITIONS, "failed": self.failed}
+        definitions = DEFINITIONS
+        if obeying:
+            summary["obeying"] = obedience.summarise(obeying, found.labels, self.obedience.label_voxels)
+            notes += obedience.notes_on(summary["obeying"])
+            definitions = DEFINITIONS | obedience.DEFINITIONS
+        return summary | {"notes": notes, "definitions": definitions, "failed": self.failed}

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import csv
 import io
+from base64 import b64encode
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from scripts.measure.features import PLANES
-from scripts.use.report import NONE, Cases, Metric, by_axis, rendered, strip
+from scripts.use.obedience import ANOTHER, OWN, REAL, UNCONDITIONAL
+from scripts.use.report import NONE, Cases, Metric, by_axis, markdown, rendered, strip
 from scripts.use.sets import GENERATED, HELD_OUT, REFERENCE, TRAINING, YARDSTICK
 
 Table = list[list[str]]
@@ -16,6 +19,7 @@ Table = list[list[str]]
 _DISTANCE = Metric("rmse_hu", "Distance", ".1f", "HU")  # to the nearest training volume
 _HU = Metric("hu_wasserstein", "Wasserstein distance of HU", ".1f", "HU")
 _FID = Metric("fid", "2.5D FID", ".4g")
+_DICE = Metric("dice", "Dice", ".3f")
 _SHOWN = 24  # pictures of the contact sheet, of each kind
 _PAIRS = 3
 _SPOKEN = {
@@ -25,6 +29,8 @@ _SPOKEN = {
     YARDSTICK: "real, training (yardstick)",
     HELD_OUT: "real, held out",
 }
+_MAPS = {OWN: "own map", ANOTHER: "another's map", UNCONDITIONAL: "unconditional"}
+_AGAINST = {"real": "the real volume of the map", "labels": "the map's labels"}
 # NV-Generate-CTMR, docs/evaluation.md.
 PUBLISHED = {"xy": 2.685, "yz": 4.723, "zx": 7.963, "mean": 5.124}
 COMPARABLE = (
@@ -81,13 +87,57 @@ def nearest_table(summary: Mapping[str, Any]) -> Table:
     return rows
 
 
-def generated_page(cases: Mapping[str, Cases], summary: Mapping[str, Any]) -> str:
+def label_table(obeying: Mapping[str, Any]) -> Table:
+    """HU of each label within own, another's and no map beside the real ones'; headings first."""
+    there = [name for name in _MAPS if any(name in found["wasserstein"] for found in obeying["hu"].values())]
+    head = ["label", "voxels", *(f"median, {name}" for name in ("real", _MAPS[OWN]))]
+    head += [f"{what}, {_MAPS[name]}" for what in ("medians apart", "Wasserstein") for name in there]
+    rows = [head]
+    for label, found in obeying["hu"].items():
+        medians = [f"{found['median'][name]} HU" for name in (REAL, OWN)]
+        distances = [found[key].get(name) for key in ("median_difference", "wasserstein") for name in there]
+        rows.append([str(label), str(found["voxels"]), *medians, *map(_HU.text, distances)])
+    return rows
+
+
+def dice_table(obeying: Mapping[str, Any]) -> Table:
+    """Dice of the tissues within own, another's and no map; headings first."""
+    every = [(tissue, *one) for tissue, found in obeying["dice"].items() for one in found.items()]
+    there = [name for name in _MAPS if any(name in found for _, _, found in every)]
+    rows = [["tissue", "compared with", "volumes", *(f"Dice, {_MAPS[name]}" for name in there)]]
+    for tissue, target, found in every:
+        rows.append([tissue, _AGAINST[target], str(found["volumes"]), *(_DICE.text(found.get(name)) for name in there)])
+    return rows
+
+
+def nearer(obeying: Mapping[str, Any]) -> str:
+    """How many labels are nearer to the real ones within their own map, in a sentence; empty where nothing is known."""
+    if (count := obeying.get("nearer")) is None:
+        return ""
+    return (
+        f"HU are nearer to the real ones' within a volume's own map than within another's for {count['median']} of "
+        f"{count['labels']} labels by the median, for {count['wasserstein']} by the Wasserstein distance."
+    )
+
+
+def _tables(obeying: Mapping[str, Any]) -> list[Table]:
+    return [rows for rows in (label_table(obeying), dice_table(obeying)) if len(rows) > 1]
+
+
+def obeying_text(obeying: Mapping[str, Any]) -> str:
+    """What is known of volumes with label maps, as Markdown."""
+    texts = [nearer(obeying), *(markdown(rows) for rows in _tables(obeying))]
+    return "\n\n".join(text for text in texts if text)
+
+
+def generated_page(cases: Mapping[str, Cases], summary: Mapping[str, Any], sheet: Path | None = None) -> str:
     """A page with everything inside: figures, tables, the closest pairs, and a contact sheet.
 
     Args:
         cases: of the sets `GENERATED`, `REFERENCE` and `HELD_OUT`, with `name`, `size`, `spacing`, and `planes`, a
             `data:` URI; those of the first and last with `nearest`, a case, and `rmse_hu`.
         summary: what `summary.json` holds.
+        sheet: the PNG of volumes with label maps, where there is one.
     """
     dots, others = ([(case["rmse_hu"], case["name"]) for case in cases[name]] for name in (GENERATED, HELD_OUT))
     closest = sorted(cases[GENERATED], key=lambda case: case["rmse_hu"])[:_PAIRS]
@@ -98,6 +148,7 @@ def generated_page(cases: Mapping[str, Cases], summary: Mapping[str, Any]) -> st
         tiles=_tiles(summary),
         comparable=COMPARABLE,
         tables=[fid_table(summary), hu_table(summary), nearest_table(summary)],
+        obeying=_obeying(summary["obeying"], sheet) if "obeying" in summary else None,
         chart=strip(_DISTANCE, "orange: real, held out" if others else "", dots, others),
         pairs=[
             (_DISTANCE.text(case["rmse_hu"]), _picture(case, GENERATED), _picture(case["nearest"], TRAINING))
@@ -129,7 +180,17 @@ def _tiles(summary: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     for key, what in (("median", "Nearest training volume, median"), ("min", "Nearest training volume, least")):
         value = _DISTANCE.text(summary["nearest"][GENERATED][key])
         tiles.append((what, value, real(held_out and _DISTANCE.text(held_out[key]))))
+    for tissue, found in summary.get("obeying", {"dice": {}})["dice"].items():
+        values = next(iter(found.values()))
+        others = [f"{_MAPS[name]}: {_DICE.text(values[name])}" for name in (ANOTHER, UNCONDITIONAL) if name in values]
+        tiles.append((f"{_DICE.label} of {tissue}, {_MAPS[OWN]}", _DICE.text(values[OWN]), ", ".join(others)))
     return tiles
+
+
+def _obeying(obeying: Mapping[str, Any], sheet: Path | None) -> dict[str, Any]:
+    """What the page shows of volumes with label maps."""
+    picture = sheet and f"data:image/png;base64,{b64encode(sheet.read_bytes()).decode()}"
+    return {"nearer": nearer(obeying), "tables": _tables(obeying), "sheet": picture}
 
 
 def _spread(cases: Cases) -> Cases:

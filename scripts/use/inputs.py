@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from scripts.common.errors import UserError
 from scripts.data import search
-from scripts.data.datalist import CLASSES, SPLITS, Datalist, load_all
+from scripts.data.datalist import CLASSES, SPLITS, Datalist, load_all, located
+from scripts.data.latent_items import read_list
 from scripts.data.nifti import stem
 from scripts.use.outputs import ENDINGS, RECORD
 
 logger = logging.getLogger(__name__)
 
 DATALIST = "datalist_ct.json"
+LABEL_NAME = re.compile(r"(?<=[^/])_(label|seg)$")  # what the names of label maps end with, besides their volumes'
 
 Entries = list[dict[str, str]]
 
@@ -67,7 +70,57 @@ def find(
     return entries
 
 
-def _checked_splits(splits: str | Sequence[str], modality: str) -> list[str]:
+def find_labels(mask_dir: str, splits: str | Sequence[str] = SPLITS, output_dir: str | None = None) -> Entries:
+    """The label maps to make volumes for, in the order of their paths.
+
+    Args:
+        mask_dir: a NIfTI file; a datalist (`.json`), of which `label` is taken, or `image` of entries without it, and
+            all else is let be, so that it may be one of latents; or a folder: the files in it and in its subfolders
+            whose names end in `_label` or `_seg`, or all where there are none such.
+        splits: which lists of a datalist are taken; `validation`, where there is no such list, is what has fold 0.
+        output_dir: of results; these are no input, if it lies in `mask_dir`.
+
+    Returns:
+        entries with `image`, the path; and `name`, as `find` has it, but without `_label` or `_seg` at its end.
+
+    Raises:
+        UserError: where there is no label map, or two would have results of the same name.
+    """
+    root, splits = _absolute(mask_dir), _checked_splits(splits)
+    if not root.exists():
+        raise UserError(f"{mask_dir}: no such file or folder; correct mask_dir")
+    if root.suffix == ".json":
+        entries = _from_datalists(_label_lists(root), [root.parent], splits)
+    elif root.is_dir():
+        entries = _from_folder(root, None if output_dir is None else _absolute(output_dir))
+        entries = [entry for entry in entries if LABEL_NAME.search(entry["name"])] or entries
+    else:
+        entries = [_entry(root, root.parent)]
+    if not entries:
+        where = f"{mask_dir}: {' and '.join(splits)}" if root.suffix == ".json" else mask_dir
+        raise UserError(f"{where}: no label map (.nii.gz or .nii) is there; correct mask_dir or splits")
+    entries = [entry | {"name": LABEL_NAME.sub("", entry["name"])} for entry in entries]
+    entries.sort(key=lambda entry: entry["image"])
+    _check(entries, mask_dir)
+    logger.info("%s: %d label maps", mask_dir, len(entries))
+    return entries
+
+
+def _label_lists(datalist: Path) -> Datalist:
+    """The label maps of a datalist, as `image`, whatever else its entries have."""
+    read = {split: read_list(str(datalist), split, "correct mask_dir") for split in SPLITS}
+    lists: Datalist = {split: [] for split in SPLITS}
+    for split, items in read.items():
+        for number, item in enumerate(items):
+            path = (item.get("label") or item.get("image")) if isinstance(item, dict) else None
+            if not isinstance(path, str):
+                raise UserError(f"{datalist}: {split}[{number}] has no label path (label is {path!r}); give one")
+            held_back = split == "training" and item.get("fold") == 0 and not read["validation"]
+            lists["validation" if held_back else split].append({"image": located(path, [datalist.parent, Path()])})
+    return lists
+
+
+def _checked_splits(splits: str | Sequence[str], modality: str = "ct") -> list[str]:
     splits = [splits] if isinstance(splits, str) else list(splits)
     if not splits or not set(splits) <= set(SPLITS):
         raise UserError(f"splits is {splits}; use some of {', '.join(SPLITS)}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -39,8 +39,10 @@ class Output:
         weights: the results come from them; their `facts` are recorded.
         settings: the results depend on them.
         bundle_version: recorded with the weights.
+        computed_in: recorded with the weights; another one goes on, too.
         overwrite: make results anew that are there already.
         sidecars: whether a result is whole only with its JSON file.
+        beside: what follows a volume's name in the other files without which its result is not whole.
 
     Raises:
         UserError: where the folder holds results of other weights or settings, which `overwrite` replaces.
@@ -53,15 +55,17 @@ class Output:
         weights: HasFacts,
         settings: Mapping[str, Any],
         bundle_version: str = "",
+        computed_in: str = "",
         overwrite: bool = False,
         sidecars: bool = False,
+        beside: Sequence[str] | None = None,
     ) -> None:
         self.folder, self.ending = Path(folder), ending
-        self.facts = {**weights.facts(), "bundle_version": bundle_version}
+        self.facts = {**weights.facts(), "bundle_version": bundle_version, "computed_in": computed_in}
         self.record = self.folder / RECORD.format(ending)
         self.list = self.record.with_suffix(".jsonl")
         self.ours = self.record.is_file()
-        self.overwrite, self.sidecars = overwrite, sidecars
+        self.overwrite, self.sidecars, self.beside = overwrite, sidecars, beside or ()
         if self.ours and not overwrite:
             self._compare(settings)
         idist.barrier()  # every rank has looked before rank 0 writes, and none goes on before it has written
@@ -148,16 +152,16 @@ class Output:
             UserError: where a file of that name is there, but no earlier run of this has made it, or one of another
                 volume.
         """
-        path = self.path(name)
-        try:
-            size = path.stat().st_size
-        except OSError:  # it is not there, or cannot be: writing it will say why
-            return False
-        if name not in self._listed and not self.ours and not self.overwrite:
+        files = [path := self.path(name), *(self.folder / f"{name}{ending}" for ending in self.beside)]
+        sizes = [_size(str(file)) for file in files]
+        there = [file for file, found in zip(files, sizes, strict=True) if found is not None]
+        if there and name not in self._listed and not self.ours and not self.overwrite:
             raise UserError(
-                f"{path}: is there, but is no result of an earlier run; move it, give another output_dir, or "
+                f"{there[0]}: is there, but is no result of an earlier run; move it, give another output_dir, or "
                 "--overwrite True to replace it"
             )
+        if there != files:  # one is not there, or cannot be: writing it will say why
+            return False
         item = self._listed.get(name, {})
         was, now = item.get("source_bytes"), _size(source)
         if was is not None and now is not None and was != now:
@@ -165,7 +169,7 @@ class Output:
                 f"{path}: was made of another file of that name ({was} bytes; {source} has {now}); give another "
                 "output_dir, or --overwrite True to replace it"
             )
-        return size == item.get("bytes") and (not self.sidecars or self.sidecar(name).is_file())
+        return sizes[0] == item.get("bytes") and (not self.sidecars or self.sidecar(name).is_file())
 
 
 def _size(path: str | None) -> int | None:

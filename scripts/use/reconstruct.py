@@ -34,5 +34,6 @@ class Reconstruction(VolumeWorkflow):
         restored = torch.empty(voxels.shape[2:], dtype=dtype)
         for x, (slab, *_) in self.slabs(volume, self.network):  # (1, 1, x, Y, Z): never the whole volume in float32
             restored[x : x + slab.shape[2]] = intensity.restore(slab[0, 0], dtype)
+            del slab  # not to be held while the next ones are computed
         write_like(volume["image"], restored.numpy(), self.output.path(volume["name"]))
         self.output.finished(volume["name"], volume["image"])

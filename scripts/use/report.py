@@ -111,7 +111,7 @@ def html_report(
         cases: with `name`, `size`, `spacing`, `metrics`, and `planes` as `data:` URIs.
         summary: as `summarise` gives it.
         latents: as `LatentHealth.statistics` gives them.
-        facts: `weights`, `weights_sha256`, `bundle_version`.
+        facts: `weights`, `weights_sha256`, `bundle_version`, `computed_in`.
         definitions: of the metrics.
         failed: why volumes are missing.
     """

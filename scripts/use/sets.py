@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from scripts.common.errors import UserError
 from scripts.data.datalist import SPLITS
-from scripts.data.nifti import read_header
+from scripts.data.nifti import read_header, stem
+from scripts.use.generate import DATALIST
 from scripts.use.inputs import find
 
 GENERATED, TRAINING, REFERENCE, YARDSTICK = SETS = ("generated", "training", "reference", "yardstick")
@@ -25,22 +27,27 @@ def find_sets(
     data_base_dir: str | Sequence[str] | None = None,
     reference_splits: str | Sequence[str] | None = None,
     output_dir: str | None = None,
+    unconditional_dir: str | None = None,
 ) -> Entries:
     """The CT volumes to compare, as `scripts.use.inputs.find` gives them, with `sets`: which of `SETS` each is in.
 
+    Where generated volumes have label maps, also with what `pair` notes.
+
     Args:
-        generated_dir: a file, a datalist or a folder of generated volumes.
+        generated_dir: a file, a datalist or a folder of generated volumes; the folder's `datalist.json` where that
+            pairs them with label maps.
         dataset_dir: the same of real ones.
         json_data_list: datalists of the real ones instead.
         data_base_dir: what paths in these are relative to.
         reference_splits: the splits of the real ones that are the reference; None takes validation and testing where
             there are such, else training.
         output_dir: of results; these are no input.
+        unconditional_dir: generated volumes without label maps, to be compared with those that have some.
 
     Raises:
         UserError: where a set has fewer than two volumes, or a volume is both generated and real.
     """
-    generated = _generated(generated_dir, output_dir)
+    generated = _generated(generated_dir, "generated_dir", output_dir)
     found: Entries = list(find(dataset_dir, json_data_list, output_dir=output_dir, data_base_dir=data_base_dir))
     real = [entry for entry in found if entry["class"] == "ct"]
     _check_apart(generated, real)
@@ -55,14 +62,64 @@ def find_sets(
     for name, volumes in zip(SETS, (generated, training, reference, yardstick), strict=True):
         for entry in volumes:
             entry.setdefault("sets", []).append(name)
+    free = [] if unconditional_dir is None else _generated(unconditional_dir, "unconditional_dir", output_dir)
+    pair([entry for entry in generated if "label" in entry], real, free)
     return [entry for entry in generated + real if "sets" in entry]
 
 
-def _generated(generated_dir: str, output_dir: str | None) -> Entries:
+def _generated(generated_dir: str, knob: str, output_dir: str | None) -> Entries:
+    pairs = Path(generated_dir) / DATALIST
+    paired = pairs.is_file() and '"label"' in pairs.read_text(encoding="utf-8", errors="replace")
     try:
-        return list(find(generated_dir, output_dir=output_dir))
+        return list(find(str(pairs) if paired else generated_dir, output_dir=output_dir))
     except UserError as error:  # it speaks of dataset_dir
-        raise UserError(f"{str(error).rpartition(';')[0]}; generate volumes, or correct generated_dir") from error
+        raise UserError(f"{str(error).rpartition(';')[0]}; generate volumes, or correct {knob}") from error
+
+
+def pair(generated: Entries, real: Entries, free: Entries) -> None:
+    """Note with generated volumes that have label maps what they are compared with, each None where there is none such.
+
+    `counterpart`: the path of the real volume that the map belongs to; `another`: `label` and `counterpart` of the next
+    volume of the same size and another map; `unconditional`: the path of a volume without map. Of the real volumes only
+    those of the reference keep their `label`, where generated ones have some.
+
+    Args:
+        generated: entries with `label`, the path of the map that the volume was made for.
+        real: the real volumes, of which some may have `label`.
+        free: volumes made without map; they are taken in turn.
+    """
+    known: dict[str, set[str]] = {}
+    for entry in real:
+        keys = [f"{_name(entry['image'])}_label"]  # as configs/encode.json calls the maps that it writes
+        keys += [os.path.realpath(entry["label"]), _name(entry["label"])] if "label" in entry else []
+        for key in keys:
+            known.setdefault(key, set()).add(entry["image"])
+    sources: list[str] = [entry["source_label"] if "source_label" in entry else entry["label"] for entry in generated]
+    sizes = [_size(entry["image"]) for entry in generated]
+    for i, (entry, source) in enumerate(zip(generated, sources, strict=True)):
+        found = known.get(os.path.realpath(source)) or known.get(_name(source)) or set()
+        entry["counterpart"] = min(found) if len(found) == 1 else None
+        entry["unconditional"] = free[i % len(free)]["image"] if free else None
+    for i, entry in enumerate(generated):
+        others = [j for j in (*range(i + 1, len(sizes)), *range(i)) if sources[j] != sources[i]]
+        nearest = next((j for j in others if sizes[j] == sizes[i]), others[0] if others else None)
+        other = {} if nearest is None else generated[nearest]
+        entry["another"] = {key: other[key] for key in ("label", "counterpart")} if other else None
+    for entry in real:
+        if not generated or REFERENCE not in entry.get("sets", ()):
+            entry.pop("label", None)
+
+
+def _name(path: str) -> str:
+    return stem(Path(path).name)
+
+
+def _size(path: str) -> list[int] | None:
+    """Voxels along the axes in RAS; None for a file that cannot be read, which is said where it is to be compared."""
+    try:
+        return read_header(path).in_ras()[0]
+    except UserError:
+        return None
 
 
 def _check_apart(generated: Entries, real: Entries) -> None:
@@ -99,12 +156,10 @@ def first_geometry(entries: Sequence[Mapping[str, Any]]) -> tuple[list[float], l
         if GENERATED not in entry["sets"]:
             continue
         try:
-            header = read_header(entry["image"])
+            size, spacing = read_header(entry["image"]).in_ras()
+            return spacing, size
         except UserError as error:
             refusal = refusal or error
-            continue
-        axes = [next(i for i, code in enumerate(header.axcodes) if code in ends) for ends in ("RL", "AP", "SI")]
-        return [header.spacing[axis] for axis in axes], [header.shape[axis] for axis in axes]
     assert refusal is not None
     raise refusal
 

@@ -1,11 +1,11 @@
-"""What is to be generated: size, spacing and modality, beside what the UNet was trained on and what memory allows."""
+"""What is to be generated: grid and modality, beside what the UNet was trained on and what memory allows."""
 
 from __future__ import annotations
 
 import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import ignite.distributed as idist
 import torch
@@ -28,7 +28,7 @@ GROUP = "diffusion_unet_inference"
 
 
 class Wanted:
-    """The geometry and conditions of what is generated, as `diffusion_unet_inference` has them.
+    """What is told of all that is generated, as `diffusion_unet_inference` has it, and which grids it may have.
 
     Args:
         inference: that group.
@@ -39,13 +39,12 @@ class Wanted:
         modality_mapping: the numbers of modalities by their names.
 
     Attributes:
-        dim: X, Y, Z of the volumes.
-        spacing: mm along these axes.
+        multiple: what sizes must be multiples of, in voxels.
         modality: its number.
 
     Raises:
-        UserError: naming the knob that no volume can be made with. What lies far from what was trained on, and an
-            autoencoder that is not that of the training, are warned of.
+        UserError: naming the knob that no volume can be made with. An autoencoder that is not that of the training is
+            warned of.
     """
 
     def __init__(
@@ -57,11 +56,8 @@ class Wanted:
         factor: int,
         modality_mapping: Mapping[str, int],
     ) -> None:
-        self.takes = inputs(weights.network)
-        self.dim = _dim(inference["dim"], factor * size_multiple(weights.network))
-        self.spacing = _numbers("spacing", inference["spacing"], 3)
-        if min(self.spacing) <= 0:
-            raise UserError(f"{GROUP}#spacing is {inference['spacing']}; use three lengths in mm above 0")
+        self.takes, self.facts, self.factor = inputs(weights.network), weights.file.facts, factor
+        self.multiple = factor * size_multiple(weights.network)
         self.modality = _modality(inference["modality"], modality_mapping, weights.network)
         self.regions = {
             name: _numbers(f"{name}_region_index", inference[f"{name}_region_index"], 4)
@@ -74,20 +70,24 @@ class Wanted:
                 f"noise_scheduler#num_train_timesteps is {noise_flow.num_train_timesteps}, but {weights.file.path} was "
                 f"trained with {trained}; use that"
             )
-        if idist.get_rank() == 0:
-            for warning in (*_other_autoencoder(weights, autoencoder), *self._unfamiliar(weights.file.facts, factor)):
-                print(f"warning: {warning}", file=sys.stderr)
+        warn(_other_autoencoder(weights, autoencoder))
 
-    def _unfamiliar(self, facts: Mapping[str, Any], factor: int) -> Iterable[str]:
-        """Sentences about what lies far from what was trained on, as far as the weights file knows."""
-        known = [[n * factor for n in size] for size in facts.get("sizes") or []]
-        if known and not any(_near(self.dim, size) for size in known):
+    def unfamiliar(self, dim: Sequence[int], spacing: Sequence[float]) -> Iterable[str]:
+        """Sentences about what lies far from what was trained on, as far as the weights file knows.
+
+        Args:
+            dim: X, Y, Z of a volume, in voxels.
+            spacing: mm along these axes.
+        """
+        facts = self.facts
+        known = [[n * self.factor for n in size] for size in facts.get("sizes") or []]
+        if known and not any(_near(dim, size) for size in known):
             shown = ", ".join(" x ".join(map(str, size)) for size in known[:4])
             more = f" and {len(known) - 4} more" if len(known) > 4 else ""
-            yield f"dim {self.dim} is far from the sizes trained on: {shown}{more}"
-        extents = [n * length for n, length in zip(self.dim, self.spacing, strict=True)]
+            yield f"dim {list(dim)} is far from the sizes trained on: {shown}{more}"
+        extents = [n * length for n, length in zip(dim, spacing, strict=True)]
         for name, margin, values in (
-            ("spacing", MARGIN, self.spacing),
+            ("spacing", MARGIN, spacing),
             ("field_of_view", SIZE_MARGIN, extents),
         ):
             for axis, value, (low, high) in zip("xyz", values, facts.get(name) or [], strict=False):
@@ -109,10 +109,36 @@ class Wanted:
         """What [0, 1] becomes: HU for CT."""
         return Intensity(MRI_WINDOW, clip=False) if self.kind == "mri" else Intensity(CT_WINDOW, clip=True)
 
-    def conditions(self) -> dict[str, torch.Tensor]:
-        """What `unet.predict` takes, of one sample."""
-        given = {"spacing": torch.tensor([self.spacing]) * UNIT, "modality": torch.tensor([self.modality])}
+    def conditions(self, spacing: Sequence[float]) -> dict[str, torch.Tensor]:
+        """What `unet.predict` takes, of one volume with voxels of `spacing` (mm)."""
+        given = {"spacing": torch.tensor([list(spacing)]) * UNIT, "modality": torch.tensor([self.modality])}
         return given | {name: torch.tensor([region]) * UNIT for name, region in self.regions.items()}
+
+
+def warn(sentences: Iterable[str]) -> None:
+    """Say, once for all ranks, what may not be meant."""
+    if idist.get_rank() == 0:
+        for sentence in sentences:
+            print(f"warning: {sentence}", file=sys.stderr)
+
+
+def checked_seed(random_seed: Any) -> int:
+    """The knob `random_seed`; a UserError where it is none."""
+    if type(random_seed) is not int or random_seed < 0:
+        raise UserError(f"{GROUP}#random_seed is {random_seed!r}; use a whole number from 0")
+    return random_seed
+
+
+def asked_grid(dim: Any, spacing: Any, multiple: int) -> tuple[list[int], list[float]]:
+    """Size (voxels) and spacing (mm) as `diffusion_unet_inference` has them.
+
+    Raises:
+        UserError: for sizes that are no multiples of `multiple`, and for spacings that are none.
+    """
+    size, lengths = _dim(dim, multiple), _numbers("spacing", spacing, 3)
+    if min(lengths) <= 0:
+        raise UserError(f"{GROUP}#spacing is {spacing}; use three lengths in mm above 0")
+    return size, lengths
 
 
 def _dim(dim: Any, multiple: int) -> list[int]:
@@ -157,23 +183,24 @@ def _other_autoencoder(weights: UNetWeights, autoencoder: Weights) -> Iterable[s
         )
 
 
-def least_memory(unet: nn.Module, latent_size: Sequence[int], itemsize: int) -> int:
+def least_memory(unet: nn.Module, latent_size: Sequence[int], itemsize: int, controlled: bool = False) -> int:
     """Bytes that a UNet takes at the least for one latent, beside its weights.
 
-    The larger of two moments: the last level, with 13 times its channels at full resolution; and, without flash
-    attention, the first attention, with two matrices of scores for each head. Found by counting live tensors, in
-    float32 and bfloat16, of UNets of 8, 32 and 64 channels and latents of 64 x 64 x 32 to 128 x 128 x 192: these held 1
-    to 1.25 times as much, leaving copies of weights aside. The resident memory of a process on a CPU grew by 1 to 1.3
-    times what was counted.
+    The larger of two moments: the last level, with 13 times its channels at full resolution, and 3 times more where a
+    ControlNet adds to it; and, without flash attention, the first attention, with two matrices of scores for each head.
+    Found by counting live tensors, in float32 and bfloat16, of UNets of 8, 32 and 64 channels and latents of 64 x 64 x
+    32 to 128 x 128 x 192: these held 1 to 1.25 times as much (1.3 with a ControlNet), leaving copies of weights aside.
+    The resident memory of a process on a CPU grew by 1 to 1.3 times what was counted.
 
     Args:
         unet: MONAI's `DiffusionModelUNetMaisi`.
         latent_size: X, Y, Z in latent voxels.
         itemsize: bytes of a number in the compute type.
+        controlled: whether a ControlNet takes part.
     """
     bare: Any = unet
     voxels, channels = math.prod(latent_size), bare.block_out_channels
-    need = 13 * channels[0] * voxels
+    need = (16 if controlled else 13) * channels[0] * voxels
     if not any(getattr(module, "use_flash_attention", False) for module in bare.modules()):
         level = [*bare.attention_levels[:-1], True].index(True)  # the last one has attention in any case
         heads = channels[level] // (bare.num_head_channels[level] or channels[level])
@@ -181,20 +208,28 @@ def least_memory(unet: nn.Module, latent_size: Sequence[int], itemsize: int) -> 
     return itemsize * need
 
 
-def check_memory(generator: Generator, dim: Sequence[int]) -> None:
-    """Whether memory is left for volumes of a size; found out before, since Linux kills without a word.
+class Sized(Protocol):
+    """What is to be generated, volume by volume."""
+
+    def largest(self) -> tuple[str, Sequence[int]]:
+        """X, Y, Z of the largest volume, in voxels, and what messages say of it."""
+        ...
+
+
+def check_memory(generator: Generator, dataset: Sized) -> None:
+    """Whether memory is left for all volumes; found out before, since Linux kills without a word.
 
     Raises:
         UserError: where it is not.
     """
-    device = generator.device
+    device, (what, dim) = generator.device, dataset.largest()
     size = [n // generator.inferer.factor for n in dim]
-    need = least_memory(generator.unet, size, generator.dtype.itemsize)
+    need = least_memory(generator.unet, size, generator.dtype.itemsize, generator.controlnet is not None)
     left = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
     if left is not None and device.type == "cpu":
         left //= on_this_node()
     if left is not None and need > left:
         raise UserError(
-            f"{GROUP}#dim is {list(dim)}, which takes at least {need / 1e9:.1f} GB of memory on {device}, and "
+            f"{what}, which takes at least {need / 1e9:.1f} GB of memory on {device}, and "
             f"{left / 1e9:.1f} GB is left for it; use a smaller one"
         )

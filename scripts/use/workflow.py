@@ -24,12 +24,12 @@ class Share:
 
     Attributes:
         done: how many volumes it processed.
-        failed: why others could not be.
+        failed: why others could not be, by their places among all volumes.
         findings: what it found out about those it processed.
     """
 
     done: int
-    failed: list[str]
+    failed: dict[int, str]
     findings: Any
 
 
@@ -37,7 +37,8 @@ class VolumeWorkflow(WholeVolumes):
     """Takes volumes through a trained network; those that fail are named and passed over, and an error at the end.
 
     Attributes:
-        failed: why volumes could not be processed, of all ranks once the run is over.
+        done: how many volumes this rank has processed.
+        failed: why others could not be, once the run is over: those of all ranks, in the order of all volumes.
     """
 
     data_loader: VolumeLoader
@@ -56,11 +57,11 @@ class VolumeWorkflow(WholeVolumes):
             UserError: at the end, where volumes could not be processed, naming the first.
         """
         self.failed: list[str] = []
-        self.done = 0
+        self.done, self._failed = 0, dict[int, str]()
         super().run(global_epoch)
-        assert self.done + len(self.failed) == len(self.data_loader)
-        shares = ranks.gather(Share(self.done, self.failed, self.findings()))
-        self.failed = [why for share in shares for why in share.failed]
+        assert self.done + len(self._failed) == len(self.data_loader)
+        shares = ranks.gather(Share(self.done, self._failed, self.findings()))
+        self.failed = [why for _, why in sorted(pair for share in shares for pair in share.failed.items())]
         done, skipped = sum(share.done for share in shares), self.data_loader.done
         if idist.get_rank() == 0:
             there = f", {skipped} were there already" if skipped else ""
@@ -91,4 +92,4 @@ class VolumeWorkflow(WholeVolumes):
     def pass_over(self, why: str) -> None:
         """Name a volume that failed, and go on."""
         logger.error("passed over: %s", why)
-        self.failed.append(why)
+        self._failed[self.index] = why

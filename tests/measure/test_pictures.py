@@ -10,7 +10,14 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 from PIL import Image
 
-from scripts.measure.pictures import comparison_planes, save_comparison, save_sheet, three_planes
+from scripts.measure.pictures import (
+    comparison_planes,
+    obeying_planes,
+    save_comparison,
+    save_rows,
+    save_sheet,
+    three_planes,
+)
 
 
 def test_planes_stand_upright() -> None:
@@ -85,3 +92,34 @@ def test_planes_stand_side_by_side_at_one_scale() -> None:
     assert abs(int(gray[28, 20]) - 127) < 6 and gray[1, 20] < 20  # axial: 48 pixels high, in the middle
     red, blue = error[28, 5], error[28, 35]
     assert red[0] - red[2] > 50 and blue[2] - blue[0] > 50  # too bright, too dark
+
+
+def test_a_volume_beside_its_map_and_its_distance_to_the_real_one() -> None:
+    labels = np.zeros((6, 8, 10), np.uint8)
+    labels[:, 2:6] = 7
+    labels[:, 4:6] = 200
+    volume = np.full(labels.shape, 0.35, np.float32)
+    real = volume + np.where(labels == 7, 0.2, 0.075)  # 400 and 150 HU
+    found = obeying_planes(labels, volume, real, (1, 1, 1))
+    assert list(found) == ["label map", "generated", "|difference to the real one|"]
+    sagittal = {name: picture[:, :8] / 255 for name, picture in found.items()}
+    assert {picture.shape for picture in found.values()} == {(10, 8 + 6 + 6, 3)}
+    colours = sagittal["label map"][5]
+    assert not colours[:2].any() and np.ptp(colours[2]) > 0.5 and np.ptp(colours[4]) == 0 < colours[4, 0] < 0.5
+    assert sagittal["generated"] == pytest.approx(0.5, abs=0.01)
+    bright = sagittal["|difference to the real one|"][5].sum(axis=1)
+    assert bright[2] > bright[4] > bright[0] == bright[7] < 0.02  # outside the map nothing is compared
+    assert list(obeying_planes(labels, volume, None, (1, 1, 1))) == ["label map", "generated"]
+
+
+def test_rows_of_pictures_have_their_columns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures: list[Figure] = []
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *rest, **k: figures.append(self) or save(self, *rest, **k))
+    whole, part = np.zeros((20, 60, 3)), np.ones((30, 60, 3))
+    save_rows({"a $x$": {"map": whole}, "b": {"map": part, "error": part}}, tmp_path / "a.png", "of a test")
+    axes = figures[0].axes
+    assert [axis.get_title(loc="left") for axis in axes] == ["a $x$", "", "b", ""]
+    assert [axis.get_title() for axis in axes] == ["map", "error", "", ""]
+    assert [len(axis.images) for axis in axes] == [1, 0, 1, 1]
+    assert imread(tmp_path / "a.png").shape[1] == 2 * 450 and figures[0].get_suptitle().startswith("of a test\n")

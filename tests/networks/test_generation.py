@@ -9,10 +9,12 @@ import torch
 from torch import nn
 
 from scripts.common.errors import UserError
-from scripts.networks.flow import Flow
+from scripts.networks.controlnet import Control, coded
+from scripts.networks.flow import Flow, integrate
 from scripts.networks.generation import Generator
+from scripts.networks.unet import predict
 from scripts.networks.windows import VolumeInferer
-from tests.helpers import small_unet
+from tests.helpers import small_controlnet, small_unet
 
 SIZE = (32, 16, 24)
 CT = {"spacing": torch.tensor([[150.0, 150.0, 200.0]]), "modality": torch.tensor([1])}
@@ -81,6 +83,58 @@ def test_guidance_goes_beyond_what_the_modality_changes() -> None:
         for modality, guidance in ((1, 0.0), (0, 0.0), (1, 3.0))
     )
     torch.testing.assert_close(guided, unknown + 3 * (conditional - unknown), atol=1e-5, rtol=1e-5)
+
+
+def telling() -> nn.Module:
+    """A ControlNet to which labels matter."""
+    network = small_controlnet()
+    for parameter in network.controlnet_cond_embedding.parameters():
+        parameter.data *= 4
+    return network
+
+
+MAPS = torch.randint(0, 256, (2, 1, *SIZE), generator=torch.Generator().manual_seed(3), dtype=torch.uint8).split(1)
+
+
+@pytest.mark.parametrize("guidance", [0.0, 2.5])
+def test_a_map_is_told_at_every_step_and_embedded_once(guidance: float) -> None:
+    unet, network = small_unet(), telling()
+    generator = make(unet, guidance=guidance, scale_factor=2.0, controlnet=network)
+    embeddings: list[int] = []
+    network.controlnet_cond_embedding.register_forward_hook(lambda *_: embeddings.append(1))
+    with torch.inference_mode():
+        found = generator.latent(7, SIZE, CT, labels=MAPS[0], unguided=MAPS[1] if guidance else None)
+        assert len(embeddings) == (2 if guidance else 1)
+        noise = torch.randn((1, 4, 8, 4, 6), generator=torch.Generator().manual_seed(7))
+        control = Control(network, coded(MAPS[0]), coded(MAPS[1]))
+        wanted = integrate(
+            lambda x, t: predict(unet, x, t * 1000, **CT, guidance=guidance, control=control),
+            noise, Flow().times(4, (8, 4, 6)),
+        )  # fmt: skip
+        assert torch.equal(found, wanted / 2)
+        assert not torch.allclose(found, generator.latent(7, SIZE, CT), atol=1e-2)
+        assert not torch.allclose(found, generator.latent(7, SIZE, CT, labels=MAPS[1]), atol=1e-2)
+
+
+@pytest.mark.parametrize("guidance", [0.0, 2.5])
+def test_a_volume_of_a_map_is_that_of_a_plain_loop_over_stock_networks(guidance: float) -> None:
+    unet, network, times = small_unet(), telling(), Flow().times(4, (8, 4, 6))
+    x = torch.randn((1, 4, 8, 4, 6), generator=torch.Generator().manual_seed(7))
+    # NV-Generate-CTMR's loop: both passes in one batch, the second without the region and without the modality
+    maps = torch.cat([torch.stack([m[:, 0].long() >> bit & 1 for bit in range(8)], 1) for m in MAPS]).float()
+    modality, spacing = torch.tensor([1, 0]), CT["spacing"].expand(2, -1)
+    with torch.inference_mode():
+        for t, following in zip(times, times[1:], strict=False):
+            both, time = torch.cat([x, x]), (1000 * t).expand(2)
+            down, middle = network(both, time, maps, class_labels=modality)
+            told, away = unet(
+                both, time, class_labels=modality, spacing_tensor=spacing,
+                down_block_additional_residuals=down, mid_block_additional_residual=middle,
+            ).chunk(2)  # fmt: skip
+            x = x + (t - following) * (away + guidance * (told - away) if guidance else told)
+        generator = make(unet, guidance=guidance, controlnet=network)
+        found = generator.latent(7, SIZE, CT, labels=MAPS[0], unguided=MAPS[1])
+    torch.testing.assert_close(found, x, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("window", [None, [16, 16, 16], [16, 8, 12]])

@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 
+from scripts.networks import operators
 from scripts.networks.autoencoder import Reconstructor, ResBlock
 from scripts.networks.recompute import FastAutoencoderKlMaisi
 from tests.benchmarks.step import count_operators, saved_bytes
@@ -52,6 +53,27 @@ def test_recomputing_changes_no_bit(checkpointing: bool) -> None:
     fast = FastAutoencoderKlMaisi(stock_network(), activation_checkpointing=checkpointing)
     x = torch.rand(1, 1, 8, 16, 12)
     assert same(gradients(plain, x), gradients(fast, x))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_group_norm_as_on_cuda_changes_no_bit_in_pieces(checkpointing: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    fast = FastAutoencoderKlMaisi(stock_network(), activation_checkpointing=checkpointing)
+    x = torch.rand(1, 1, 8, 16, 12)
+    found = []
+    for large in (2**27, 1):  # one piece, and two or three
+        monkeypatch.setattr(operators, "LARGE", large)
+        monkeypatch.setattr(
+            operators,
+            "group_norm",
+            lambda x, norm: operators._GroupNormInPieces.apply(x, norm.weight, norm.bias, norm.num_groups, norm.eps),
+        )
+        fast.zero_grad(set_to_none=True)
+        with torch.autocast("cpu", torch.bfloat16):
+            found.append(gradients(fast, x))
+    monkeypatch.setattr(operators, "group_norm", lambda x, norm: norm(x.float()).to(x.dtype))
+    fast.zero_grad(set_to_none=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert same(gradients(fast, x), found[0]) and same(*found)
 
 
 def test_no_convolution_is_computed_twice() -> None:

@@ -14,16 +14,9 @@ from monai.apps.generation.maisi.networks.diffusion_model_unet_maisi import Diff
 from monai.bundle import ConfigWorkflow
 
 from scripts.common.errors import UserError
-from scripts.networks.unet import (
-    Inputs,
-    UNetWeights,
-    check_definition,
-    inputs,
-    predict,
-    read_unet,
-    size_multiple,
-    unet_file,
-)
+from scripts.networks import diffusion_files
+from scripts.networks.diffusion_files import UNET
+from scripts.networks.unet import Inputs, UNetWeights, check_definition, inputs, predict, size_multiple
 from scripts.networks.weights import write_tensors
 from tests.helpers import Attack, same
 
@@ -103,7 +96,8 @@ def test_guidance_is_away_from_modality_0() -> None:
 def test_weights_go_both_ways(tmp_path: Path) -> None:
     network, facts = tiny(), {"autoencoder_sha256": "ab" * 32, "sizes": [[24, 16, 40]], "spacing": None}
     write_tensors(
-        unet_file(network.bfloat16(), epoch=3, loss=0.5, scale_factor=1.25, facts=facts), tmp_path / "ours.pt"
+        diffusion_files.content(network.bfloat16(), UNET, epoch=3, loss=0.5, scale_factor=1.25, facts=facts),
+        tmp_path / "ours.pt",
     )
     # NV-Generate-CTMR: to the device, then latents / scale_factor
     content = torch.load(tmp_path / "ours.pt", map_location="cpu", weights_only=True)
@@ -116,7 +110,7 @@ def test_weights_go_both_ways(tmp_path: Path) -> None:
     stock.load_state_dict(content["unet_state_dict"], strict=True)
 
     other = tiny(seed=1)
-    read = read_unet(other, tmp_path / "ours.pt")
+    read = diffusion_files.read(other, tmp_path / "ours.pt", UNET)
     assert same(dict(other.state_dict()), content["unet_state_dict"])
     assert (read.epoch, read.loss, read.num_train_timesteps, read.scale_factor) == (3, 0.5, 1000, 1.25)
     assert read.facts == facts and read.path == tmp_path / "ours.pt"
@@ -129,20 +123,20 @@ def test_their_files_and_bare_ones_are_read(tmp_path: Path) -> None:
     for scale in (torch.tensor(1.5), torch.tensor([1.5], dtype=torch.float64), 1.5):
         torch.save(theirs | {"scale_factor": scale}, path)
         other = tiny(seed=1)
-        read = read_unet(other, path)
+        read = diffusion_files.read(other, path, UNET)
         assert same(dict(other.state_dict()), dict(network.state_dict()))
         assert (read.epoch, read.scale_factor, read.num_train_timesteps, read.facts) == (12, 1.5, 1000, {})
     for bare in (network.state_dict(), {f"module.{name}": t for name, t in network.state_dict().items()}):
         torch.save(bare, path)
         other = tiny(seed=1)
-        read = read_unet(other, path)
+        read = diffusion_files.read(other, path, UNET)
         assert same(dict(other.state_dict()), dict(network.state_dict()))
         assert (read.epoch, read.loss, read.scale_factor, read.num_train_timesteps) == (None, None, None, None)
 
 
 def refusal(path: Path, **changes: Any) -> str:
     with pytest.raises(UserError) as caught:
-        read_unet(tiny(**changes), path)
+        diffusion_files.read(tiny(**changes), path, UNET)
     assert "\n" not in str(caught.value)
     return str(caught.value).removeprefix(f"{path}: ")
 
@@ -150,7 +144,7 @@ def refusal(path: Path, **changes: Any) -> str:
 def test_bad_files_are_refused_in_one_line(tmp_path: Path) -> None:
     path, network = tmp_path / "unet.pt", tiny()
     assert refusal(path) == "no such weights file; correct existing_ckpt_filepath"
-    write_tensors(unet_file(network, epoch=1, loss=1.0, scale_factor=1.0), path)
+    write_tensors(diffusion_files.content(network, UNET, epoch=1, loss=1.0, scale_factor=1.0), path)
     assert refusal(path, num_channels=[8, 24]) == (
         "under 'unet_state_dict': down_blocks.1.attentions.0.norm.weight is (16,), but the network's is (24,); use "
         "weights of this architecture, or the network definition of these weights (diffusion_unet_def)"
@@ -158,7 +152,7 @@ def test_bad_files_are_refused_in_one_line(tmp_path: Path) -> None:
     end = "which the network lacks (weights of another architecture); correct the path or diffusion_unet_def"
     assert refusal(path, num_class_embeds=None) == f"under 'unet_state_dict': has class_embedding.weight, {end}"
     for scale in (float("nan"), float("inf"), 0.0, -1.0):
-        write_tensors(unet_file(network, epoch=1, loss=1.0, scale_factor=scale), path)
+        write_tensors(diffusion_files.content(network, UNET, epoch=1, loss=1.0, scale_factor=scale), path)
         assert refusal(path) == f"scale_factor is {scale}, which is no positive number; use weights saved earlier"
     torch.save({"unet_state_dict": Attack(tmp_path / "owned")}, path)
     assert refusal(path).startswith("is damaged or holds more than tensors, so it is not loaded")
@@ -200,7 +194,7 @@ def test_the_newest_best_weights_are_generated_with_else_the_last_ones(tmp_path:
         "unet.pt", "unet_finetuned.pt", "unet_best_epoch9.pt", "unet_best_epoch12.pt", "unet_finetuned_best_epoch3.pt",
     )  # fmt: skip
     for i, name in enumerate(names):
-        write_tensors(unet_file(network, epoch=1, loss=1.0, scale_factor=i + 1.0), tmp_path / name)
+        write_tensors(diffusion_files.content(network, UNET, epoch=1, loss=1.0, scale_factor=i + 1.0), tmp_path / name)
         os.utime(tmp_path / name, (i, i))
         weights = found(tmp_path)
         assert weights.file.path == tmp_path / name and weights.scale_factor == i + 1
@@ -223,5 +217,5 @@ def test_the_scale_factor_is_the_given_one_else_the_files(tmp_path: Path) -> Non
         with pytest.raises(UserError) as caught:
             found(tmp_path, scale_factor=given)
         assert str(caught.value) == f"{path}: scale_factor is {told}{end} it)"
-    write_tensors(unet_file(tiny(), epoch=1, loss=1.0, scale_factor=0.5), path)
+    write_tensors(diffusion_files.content(tiny(), UNET, epoch=1, loss=1.0, scale_factor=0.5), path)
     assert found(tmp_path).scale_factor == 0.5 and found(tmp_path, scale_factor=2.0).scale_factor == 2

@@ -13,20 +13,21 @@ import pytest
 import torch
 from monai.bundle import ConfigParser
 
-from scripts import train_diffusion, train_vae_ct
+from scripts import train_controlnet, train_diffusion, train_vae_ct
 from scripts.common.errors import UserError
 from scripts.training import launcher
 from scripts.training.launcher import Door
 from tests.helpers import call
 
 EXAMPLES = Path("docs/examples")
-DOORS = {"vae_ct": train_vae_ct.DOOR, "diffusion": train_diffusion.DOOR}
+DOORS = {"vae_ct": train_vae_ct.DOOR, "diffusion": train_diffusion.DOOR, "controlnet": train_controlnet.DOOR}
 NAMES = {
     "vae_ct": ("environment_maisi_vae_train", "config_network", "config_maisi_vae_train"),
     "diffusion": ("environment_maisi_diff_model", "config_maisi_diff_model", "config_network_rflow"),
+    "controlnet": ("environment_maisi_controlnet_train", "config_maisi_controlnet_train", "config_network_rflow"),
 }
 FILES = {training: [EXAMPLES / f"{name}.json" for name in names] for training, names in NAMES.items()}
-both = pytest.mark.parametrize("training", list(DOORS))
+each = pytest.mark.parametrize("training", list(DOORS))
 
 
 def given(e: Any, c: Any, t: Any) -> list[str]:
@@ -40,7 +41,7 @@ def written(folder: Path, **contents: Any) -> list[Path]:
     return [folder / f"{name}.json" for name in contents]
 
 
-@both
+@each
 @pytest.mark.parametrize(("joined", "layered"), [({}, False), ({"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}, True)])
 def test_what_the_script_becomes(
     training: str, joined: dict[str, str], layered: bool, monkeypatch: pytest.MonkeyPatch
@@ -59,7 +60,7 @@ def test_what_the_script_becomes(
     assert became[-2:] == ["--seed", "3"] and became[1:6] == ["-W", "ignore", "-m", "monai.bundle", "run"]
 
 
-@both
+@each
 def test_swapped_files_are_taken_the_other_way_round(training: str, capsys: pytest.CaptureFixture[str]) -> None:
     door, (e, c, t) = DOORS[training], FILES[training]
     assert launcher.parse(door, given(e, c, t))[0] == [e, c, t]
@@ -102,6 +103,11 @@ def test_only_one_rank_says_that_files_are_swapped(
             "diffusion",
             FILES["vae_ct"],
             "config_maisi_vae_train.json: holds autoencoder_train, not diffusion_unet_train",
+        ),
+        (
+            "controlnet",
+            FILES["diffusion"],
+            "config_maisi_diff_model.json: holds diffusion_unet_train, not controlnet_train",
         ),
     ],
 )
@@ -181,10 +187,21 @@ def test_the_files_are_layers_over_the_config_of_the_training(tmp_path: Path) ->
     assert all(f"told {rank} {merged}" in done.stdout for rank in (10, 11))
 
 
+@each
+def test_help_tells_the_files_and_options(training: str, capsys: pytest.CaptureFixture[str]) -> None:
+    door = DOORS[training]
+    with pytest.raises(SystemExit) as status:
+        launcher.parse(door, ["--help"])
+    told = " ".join(capsys.readouterr().out.split())
+    assert status.value.code == 0 and f"scripts/train_{training}.py -e ENV" in told
+    assert all(text in told for text in (door.c.option, door.c.holds, door.t.option, door.t.holds, "-g N, --gpus N"))
+
+
 def test_the_network_file_of_diffusion_is_that_of_the_autoencoder_and_more() -> None:
     network = json.loads((EXAMPLES / "config_network_rflow.json").read_text())
     assert json.loads((EXAMPLES / "config_network.json").read_text()).items() <= network.items()
-    network["diffusion_unet_def"]["use_flash_attention"] = False  # which MONAI refuses where there is no GPU
-    with torch.device("meta"):
-        unet = ConfigParser(network).get_parsed_content("diffusion_unet_def")
-    assert sum(parameter.numel() for parameter in unet.parameters()) == pytest.approx(180.5e6, rel=1e-3)
+    for name, count in (("diffusion_unet_def", 180.5e6), ("controlnet_def", 72.0e6)):
+        network[name]["use_flash_attention"] = False  # which MONAI refuses where there is no GPU
+        with torch.device("meta"):
+            built = ConfigParser(network).get_parsed_content(name)
+        assert sum(parameter.numel() for parameter in built.parameters()) == pytest.approx(count, rel=1e-3)

@@ -231,6 +231,10 @@ def test_gpus_that_cannot_be_used_end_the_script_for_chosen_gpus(tmp_path: Path)
     [
         ("vae_ct", "-e environment_maisi_vae_train -c config_network -t config_maisi_vae_train"),
         ("diffusion", "-e environment_maisi_diff_model -c config_maisi_diff_model -t config_network_rflow"),
+        (
+            "controlnet",
+            "-e environment_maisi_controlnet_train -c config_maisi_controlnet_train -t config_network_rflow",
+        ),
     ],
 )
 def test_each_training_is_started_with_its_files(training: str, files: str, tmp_path: Path) -> None:

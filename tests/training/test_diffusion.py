@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import copy
-import json
 import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import nibabel as nib
 import numpy as np
 import pytest
 import torch
@@ -19,20 +17,14 @@ from torch.nn.utils import parameters_to_vector
 from scripts.networks.flow import Flow
 from scripts.training import diffusion
 from scripts.training.diffusion import DiffusionTrainer, conditions, quarter
-from tests.helpers import TINY_DIFFUSION, diffusion_folders, make_latents, small_unet, workflow
+from tests.helpers import TINY_DIFFUSION, diffusion_folders, make_latents, small_unet, told_of, workflow
 
-NUMBERS = {"ct": 1, "ct_contrast": 3, "mri_t1": 9}
 RATE, SEED = 1e-2, 7
+EPS = 1e-3  # Adam makes whole steps of gradients far above it; of those that are nothing but rounding, hardly any
 EXACT = TINY_DIFFUSION | {
-    "diffusion_unet_train#lr": RATE, "seed": SEED, "label_dropout": 0.4, "ema_decay": 0.3, "val_interval": 10,
+    "diffusion_unet_train#lr": RATE, "optimizer#eps": EPS, "seed": SEED, "label_dropout": 0.4, "ema_decay": 0.3,
+    "val_interval": 10,
 }  # fmt: skip
-
-
-def told_of(path: str) -> tuple[torch.Tensor, list[float], int]:
-    """Latent (C, X, Y, Z), spacing in mm and the number of the modality, from the files."""
-    side = json.loads(Path(f"{path}.json").read_text())
-    data = np.moveaxis(np.asarray(nib.load(path).dataobj, dtype=np.float32), -1, 0)
-    return torch.from_numpy(data.copy()), side["spacing"], NUMBERS[side["modality"]]
 
 
 def less_exact(number: int, draws: np.ndarray) -> int:
@@ -46,7 +38,7 @@ def less_exact(number: int, draws: np.ndarray) -> int:
 def plain_loop(trainer: Any, batches: list[list[str]]) -> tuple[torch.nn.Module, torch.nn.Module, list[float]]:
     """The training written out: the UNet, its average, and the losses; `batches` are the files of each step."""
     unet, average = copy.deepcopy(trainer.bare["unet"]), copy.deepcopy(trainer.bare["unet"])
-    adam, losses = torch.optim.Adam(unet.parameters(), RATE), []
+    adam, losses = torch.optim.Adam(unet.parameters(), RATE, eps=EPS), []
     everything = torch.cat([told_of(path)[0].flatten() for path in sorted({p for b in batches for p in b})])
     scale = 1 / everything.std(correction=0)
     for step, paths in enumerate(batches):
@@ -95,8 +87,7 @@ def test_steps_through_the_config_equal_a_plain_loop(tmp_path: Path) -> None:
     assert losses == pytest.approx(expected, rel=1e-4)
     for ours, theirs in ((trainer.bare["unet"], unet), (trainer.results()["unet"], average)):
         first, second, start = (parameters_to_vector(n.parameters()) for n in (ours, theirs, before.bare["unet"]))
-        # Adam makes whole steps of gradients that are nothing but rounding, as those of a bias before a norm are.
-        assert (first - second).abs().median() < 1e-6 and (first - second).norm() < 0.05 * (first - start).norm()
+        assert (first - second).abs().median() < 1e-7 and (first - second).norm() < 1e-3 * (first - start).norm()
 
 
 def make(**options: Any) -> DiffusionTrainer:

@@ -13,7 +13,8 @@ import torch
 from scripts.common.errors import UserError
 from scripts.data.latent_list import load_latents
 from scripts.data.latents import LatentStore
-from scripts.networks.unet import unet_file
+from scripts.networks import diffusion_files
+from scripts.networks.diffusion_files import UNET
 from scripts.networks.weights import write_tensors
 from scripts.training.average import AveragedNetwork
 from scripts.training.diffusion_start import (
@@ -39,7 +40,9 @@ def entries(folder: Path, count: int = 3, **options: Any) -> list[dict[str, Any]
 
 def start_file(path: Path, scale: float, autoencoder: str | None = None) -> str:
     facts = {} if autoencoder is None else {"autoencoder_sha256": autoencoder}
-    write_tensors(unet_file(small_unet(seed=1), epoch=3, loss=0.5, scale_factor=scale, facts=facts), path)
+    write_tensors(
+        diffusion_files.content(small_unet(seed=1), UNET, epoch=3, loss=0.5, scale_factor=scale, facts=facts), path
+    )
     return str(path)
 
 

@@ -16,16 +16,7 @@ from scripts.common.errors import UserError
 from scripts.data.datasets import VolumeLoader
 from scripts.networks.flow import Flow
 from scripts.training.flow_validation import FlowValidation
-from tests.helpers import small_unet
-
-
-class Items(list):
-    """Latents at hand, as a dataset."""
-
-    data: list[dict] = property(lambda self: self)  # type: ignore[assignment]
-
-    def sizes(self) -> list[tuple[int, ...]]:
-        return [tuple(item["latent"].shape[1:]) for item in self]
+from tests.helpers import Items, small_unet
 
 
 def item(seed: int, size: tuple[int, ...] = (8, 4, 6), error: str = "") -> dict[str, Any]:

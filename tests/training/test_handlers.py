@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,12 +14,23 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from scripts.training.engine import Progress
 from scripts.training.handlers import TrainingLog, Validate
 from scripts.training.tensorboard_log import TensorBoardLog
-from tests.helpers import scalars
+from tests.helpers import scalars, told
+
+
+def logged_engine(losses: Callable[[int], dict[str, float]]) -> Any:
+    """An engine whose steps tell `losses` of their iteration."""
+
+    def step(engine: Any, batch: Any) -> None:
+        engine.progress.losses = told(**losses(engine.state.iteration))
+
+    engine: Any = Engine(step)
+    engine.progress = Progress()
+    return engine
 
 
 def run_training(folder: Path, epochs: int = 2) -> EventAccumulator:
     names = ("loss", "recons_loss", "p_loss", "adv_loss", "d_loss")
-    engine: Any = Engine(lambda e, b: {n: torch.tensor(float(e.state.iteration * i)) for i, n in enumerate(names, 1)})
+    engine = logged_engine(lambda step: {name: float(step * i) for i, name in enumerate(names, 1)})
     engine.weights = {"recons_loss": 1, "p_loss": 0.5, "adv_loss": 0, "kl_loss": 1e-7}
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.25)
     log = TensorBoardLog(str(folder))
@@ -54,7 +66,7 @@ def test_a_loss_that_jumps_is_warned_of_once_an_epoch(
     jumps = {(5, "loss"): 99.0, (31, "p_loss"): 10.5, (33, "loss"): 50.0, (35, "loss"): math.nan, (70, "loss"): 30.0}
     jumps |= {(25, "other"): 1e6, (71, "p_loss"): 9.5}
     names = ("loss", "p_loss", "other")
-    engine: Any = Engine(lambda e, b: {n: torch.tensor(jumps.get((e.state.iteration, n), 1.0)) for n in names})
+    engine = logged_engine(lambda step: {name: jumps.get((step, name), 1.0) for name in names})
     engine.weights = {}
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.25)
     TrainingLog(TensorBoardLog(str(tmp_path)), optimizer, names[:2]).attach(engine)

@@ -63,6 +63,21 @@ def test_the_table_says_what_will_run(tmp_path: Path, capsys: Any) -> None:
     assert rows["a"] == "validation  is asked for 720 voxels"
 
 
+def test_on_a_gpu_the_table_says_how_convolutions_are_computed(
+    tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = toy_training(tmp_path)
+    trainer.state.device = torch.device("cuda")
+    trainer.dtype = torch.bfloat16
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "GPU 1")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91002)
+    print_table(trainer, str(tmp_path / "models"), {"line.pt": "line"}, "a point", 4)
+    printed = capsys.readouterr()
+    assert "\ncomputed in   bfloat16 on GPU 1\ncuDNN         9.10.2, cudnn_benchmark off\n" in printed.out
+    assert printed.err.startswith("warning: PyTorch computes 3D convolutions in bfloat16 without cuDNN 9.10.2, sev")
+
+
 def test_ranks_share_the_conversion_and_shared_volumes_are_told(datalist: Path, tmp_path: Path, capsys: Any) -> None:
     splits, store = load(datalist), Store(tmp_path / "store")
     chosen = {"training": splits["training"], "validation": [splits["training"][0]]}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from io import BytesIO
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,14 +14,18 @@ from PIL import Image
 from torch import nn
 
 from scripts.common.errors import UserError
+from scripts.data.labels import LabelStore
 from scripts.data.latent_list import load_latents
 from scripts.data.latents import LatentDataset, LatentStore
+from scripts.measure.pictures import label_planes
 from scripts.networks.flow import Flow
 from scripts.networks.generation import Generator
 from scripts.networks.windows import VolumeInferer
-from scripts.training.samples import SampleVolumes
+from scripts.training.samples import SampleMaps, SampleVolumes, held_out
 from scripts.training.tensorboard_log import TensorBoardLog
-from tests.helpers import make_latents, scalars, small_unet
+from tests.helpers import make_labelled, make_latents, scalars, small_controlnet, small_unet
+
+MAPPING = {"ct": 1, "ct_contrast": 3, "mri_t1": 9}
 
 
 class Enlarger(nn.Module):
@@ -39,15 +44,25 @@ def engine(epoch: int, epochs: int = 5, stopped: bool = False, interrupted: bool
     return SimpleNamespace(state=state, progress=progress, stop=stop)
 
 
-def make(folder: Path, unet: nn.Module | None = None, sizes: Any = None, **options: Any) -> SampleVolumes:
-    datalist = make_latents(folder / "latents", sizes)
-    data = load_latents(str(datalist), "training", modality_mapping={"ct": 1, "ct_contrast": 3, "mri_t1": 9})
-    generator = Generator(
-        unet=unet or small_unet(), autoencoder=Enlarger(), inferer=VolumeInferer(), scale_factor=1.0,
+def generator(**networks: nn.Module) -> Generator:
+    return Generator(
+        **{"unet": small_unet(), **networks}, autoencoder=Enlarger(), inferer=VolumeInferer(), scale_factor=1.0,
         noise_flow=Flow(), steps=2, amp=False,
     )  # fmt: skip
+
+
+def make(folder: Path, unet: nn.Module | None = None, sizes: Any = None, **options: Any) -> SampleVolumes:
+    datalist = make_latents(folder / "latents", sizes)
+    data = load_latents(str(datalist), "training", modality_mapping=MAPPING)
     dataset, log = LatentDataset(data, LatentStore(str(folder / "store"))), TensorBoardLog(str(folder / "events"))
-    return SampleVolumes(2, generator, dataset, log, str(folder / "outputs"), **options)
+    return SampleVolumes(2, generator(unet=unet or small_unet()), dataset, log, str(folder / "outputs"), **options)
+
+
+def of_maps(folder: Path, split: str = "validation") -> LatentDataset:
+    """Two label maps that are held back, or three that are trained on."""
+    datalist = make_labelled(folder / "latents", [(8, 4, 4)] * 3 + [(8, 4, 6)] * 2)
+    data = load_latents(str(datalist), split, modality_mapping=MAPPING, labels=True, fold=0)
+    return LatentDataset(data, LatentStore(str(folder / "store")), LabelStore(str(folder / "store")))
 
 
 def pictures(folder: Path) -> dict[tuple[str, int], bytes]:
@@ -112,3 +127,54 @@ def test_a_count_that_is_none_is_refused_at_the_start(tmp_path: Path) -> None:
     for count in (0, 1.5, True):
         with pytest.raises(UserError, match=f"^sample_count is {count}; use a whole number from 1"):
             make(tmp_path, count=count)
+
+
+# Of label maps
+
+
+def test_a_map_is_shown_above_the_volume_that_was_made_for_it(tmp_path: Path) -> None:
+    dataset, pairs = of_maps(tmp_path), []
+    for seed in (0, 1):
+        folder = tmp_path / str(seed)
+        log = TensorBoardLog(str(folder / "events"))
+        network = small_controlnet(seed).train()
+        sampler = SampleMaps(
+            interval=2, generator=generator(controlnet=network), dataset=dataset, log=log,
+            output_dir=str(folder / "outputs"), count=5,
+        )  # fmt: skip
+        sampler(engine(2))
+        log.close()
+        assert network.training
+        pairs.append(pictures(folder))
+        assert (folder / "outputs" / "samples.png").stat().st_size > 5000
+    assert list(pairs[0]) == [("sample_v3_label", 2), ("sample_v4_label", 2)] == list(pairs[1])
+    for number, ((_, one), (_, other)) in enumerate(zip(pairs[0].items(), pairs[1].items(), strict=True)):
+        shown = label_planes(dataset[number]["label"][0].numpy(), dataset.data[number]["spacing"])
+        images = [np.asarray(Image.open(BytesIO(png))) for png in (one, other)]
+        assert all(image.shape == (2 * shown.shape[0], *shown.shape[1:]) for image in images)
+        above, beneath = zip(*(np.split(image, 2) for image in images), strict=True)
+        assert all(np.abs(image / 255 - shown).max() < 0.01 for image in above)
+        assert (beneath[0] != beneath[1]).any() and (beneath[0][..., 0] == beneath[0][..., 2]).all()
+
+
+def test_the_network_is_told_the_map(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dataset, asked = of_maps(tmp_path), []
+    made = generator(controlnet=small_controlnet())
+    latent = made.latent
+
+    def spy(seed: int, size: Any, conditions: Any, *rest: Any, labels: torch.Tensor) -> torch.Tensor:
+        asked.append((seed, list(size), labels))
+        return latent(seed, size, conditions, *rest, labels=labels)
+
+    monkeypatch.setattr(made, "latent", spy)
+    log = TensorBoardLog(str(tmp_path / "events"))
+    SampleMaps(interval=2, generator=made, dataset=dataset, log=log, output_dir=str(tmp_path), count=1)(engine(2))
+    ((seed, size, labels),) = asked
+    assert (seed, size) == (0, [32, 16, 24]) and torch.equal(labels, dataset[0]["label"][None])
+
+
+def test_maps_that_are_held_back_come_first(tmp_path: Path) -> None:
+    validation, training = of_maps(tmp_path), of_maps(tmp_path, "training")
+    assert held_out(validation, training) is validation
+    nothing = LatentDataset([], validation.store, validation.labels)
+    assert held_out(nothing, training) is training

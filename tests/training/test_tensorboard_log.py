@@ -11,11 +11,12 @@ from scripts.common.errors import UserError
 from scripts.measure.pictures import save_comparison
 from scripts.networks.weights import write_tensors
 from scripts.training.tensorboard_log import TensorBoardLog
+from tests.helpers import told
 
 
 def log_steps(log: TensorBoardLog, *steps: int) -> None:
     for step in steps:
-        log.add_step(step, 0.5, {"loss": torch.tensor(float(step))})
+        log.add_step(step, 0.5, told(loss=float(step)))
 
 
 def test_resuming_cuts_the_log_back_to_the_checkpoint(tmp_path: Path) -> None:
@@ -50,7 +51,7 @@ def test_resuming_cuts_the_log_back_to_the_checkpoint(tmp_path: Path) -> None:
 def test_a_step_that_is_not_finite_is_logged_but_not_averaged(tmp_path: Path) -> None:
     log = TensorBoardLog(str(tmp_path))
     log_steps(log, 1, 3)
-    log.add_step(4, 0.5, {"loss": torch.tensor(torch.nan)})
+    log.add_step(4, 0.5, told(loss=torch.nan))
     assert log.epoch_means() == {"loss": 2.0} and log.epoch_means() == {}
     log.close()
 
@@ -73,8 +74,8 @@ def test_a_full_disk_is_named(small_disk: Path) -> None:
 
 def test_means_are_over_the_steps_that_have_a_loss(tmp_path: Path) -> None:
     log = TensorBoardLog(str(tmp_path))
-    log.add_step(1, 0.5, {"loss": torch.tensor(1.0)})
-    log.add_step(2, 0.5, {"loss": torch.tensor(3.0), "adv_loss": torch.tensor(5.0)})
+    log.add_step(1, 0.5, told(loss=1.0))
+    log.add_step(2, 0.5, told(loss=3.0, adv_loss=5.0))
     resumed = TensorBoardLog(str(tmp_path))
     resumed.load_state_dict(log.state_dict())
     assert log.epoch_means() == resumed.epoch_means() == {"loss": 2.0, "adv_loss": 5.0}

@@ -68,6 +68,7 @@ def test_the_sets_are_those_of_the_datalist(compared: Path) -> None:
     assert summary["volumes"] == {"generated": 4, "training": 4, "reference": 4, "yardstick": 4}
     assert summary["reference_splits"] == ["testing", "validation"] and summary["failed"] == []
     assert summary["size"] == list(SHAPE) and summary["spacing"] == list(SPACING)
+    assert "obeying" not in summary and not (compared / "obeying.png").exists()  # no volume has a label map
     # int(0.3 n) up to int(0.7 n) of 40, 36 and 44 slices, of which the middle axis has the fewest
     assert summary["slices"] == dict.fromkeys(("generated", "reference", "yardstick"), 4 * (25 - 10))
 

@@ -15,6 +15,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from monai.apps.generation.maisi.networks.controlnet_maisi import ControlNetMaisi
 from monai.apps.generation.maisi.networks.diffusion_model_unet_maisi import DiffusionModelUNetMaisi
 from monai.bundle import ConfigParser
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -24,11 +25,15 @@ from torch.utils._pytree import tree_iter
 from scripts.common.command_line import check_command_line
 from scripts.common.errors import UserError
 from scripts.data.datalist import load
+from scripts.networks import diffusion_files
+from scripts.networks.controlnet import Control
+from scripts.networks.diffusion_files import DiffusionFile
 from scripts.networks.flow import Flow
 from scripts.networks.generation import Generator
 from scripts.networks.pointwise import Pointwise
-from scripts.networks.unet import UNetFile, unet_file
+from scripts.networks.unet import predict
 from scripts.networks.weights import save_weights, write_tensors
+from scripts.use.generate import Seeds
 from scripts.use.sets import find_sets
 from scripts.use.wanted import Wanted, least_memory
 from tests.helpers import finish, kill, last_line_of, run, start, start_ranks, until, workflow
@@ -65,7 +70,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
             torch.nn.init.normal_(parameter, std=0.1)
     torch.nn.init.constant_(autoencoder.decoder.blocks[-1].conv.conv.bias, 0.4)  # HU of a body
     save_weights(autoencoder, folder / "autoencoder.pt")
-    content = unet_file(unet, epoch=1, loss=0.5, scale_factor=0.8)
+    content = diffusion_files.content(unet, diffusion_files.UNET, epoch=1, loss=0.5, scale_factor=0.8)
     write_tensors(content, folder / "diff_unet_3d_rflow-ct.pt")
     return folder
 
@@ -102,9 +107,9 @@ def content_of(path: Path) -> Any:
 def decoded(options: dict[str, Any], seed: int) -> np.ndarray:
     """What the generator makes of a seed: (X, Y, Z) float32."""
     parser = workflow("generate", **options).parser
-    generator, wanted = parser.get_parsed_content("generator"), parser.get_parsed_content("wanted")
+    generator, wanted, seeds = (parser.get_parsed_content(name) for name in ("generator", "wanted", "dataset"))
     with torch.inference_mode():
-        return generator.volume(generator.latent(seed, wanted.dim, wanted.conditions())).numpy()
+        return generator.volume(generator.latent(seed, seeds.dim, wanted.conditions(seeds.spacing))).numpy()
 
 
 def test_volumes_are_what_the_generator_makes_in_hu(three: Path, options: dict[str, Any]) -> None:
@@ -362,9 +367,10 @@ def full() -> DiffusionModelUNetMaisi:
 def warnings_of(network: DiffusionModelUNetMaisi, capsys: pytest.CaptureFixture[str], **changes: Any) -> list[str]:
     """What is said of these settings with a network that was trained as `FACTS` have it."""
     inference = {"dim": [512, 512, 256], "spacing": [0.8, 0.8, 2.5], "modality": 1} | changes
-    weights: Any = SimpleNamespace(network=network, file=UNetFile(Path("unet.pt"), "0", facts=FACTS))
+    weights: Any = SimpleNamespace(network=network, file=DiffusionFile(Path("unet.pt"), "0", facts=FACTS))
     autoencoder: Any = SimpleNamespace(path="autoencoder.pt", sha256=changes.get("sha256", "ab" * 32))
-    Wanted(inference, weights, autoencoder, Flow(), 4, {"ct": 1, "mri": 8})
+    wanted = Wanted(inference, weights, autoencoder, Flow(), 4, {"ct": 1, "mri": 8})
+    Seeds(1, wanted, inference["dim"], inference["spacing"])
     return [line.removeprefix("warning: ") for line in capsys.readouterr().err.splitlines()]
 
 
@@ -438,19 +444,39 @@ class Live(TorchDispatchMode):
         self.now -= self.bytes.pop(key)
 
 
+def built(kind: Any, changes: dict[str, Any], flash: bool) -> Any:
+    """A network as the config has it, with changes."""
+    key = "diffusion_unet_def" if kind is DiffusionModelUNetMaisi else "controlnet_def"
+    definition = content_of(GENERATE)[key] | changes | {"use_flash_attention": False}
+    definition |= {"spatial_dims": 3, "in_channels": 4, "norm_num_groups": 8}
+    definition |= {"out_channels": 4} if kind is DiffusionModelUNetMaisi else {}
+    definition = {key: value for key, value in definition.items() if key[0] != "_" and "region" not in key}
+    network = kind(**definition)
+    for module in network.modules():
+        if hasattr(module, "use_flash_attention"):
+            module.use_flash_attention = flash
+    return network
+
+
 @pytest.mark.parametrize("flash", [False, True])
 @pytest.mark.parametrize(("changes", "size"), [(UNET, [32, 48, 32]), ({}, [64, 64, 32]), ({}, [96, 96, 64])])
 def test_the_least_memory_is_just_below_what_is_taken(changes: dict[str, Any], size: list[int], flash: bool) -> None:
-    definition = content_of(GENERATE)["diffusion_unet_def"] | changes | {"use_flash_attention": False}
-    definition |= {"spatial_dims": 3, "in_channels": 4, "out_channels": 4, "norm_num_groups": 8}
-    definition = {key: value for key, value in definition.items() if key[0] != "_" and "region" not in key}
     with FakeTensorMode(), torch.no_grad():
-        network = DiffusionModelUNetMaisi(**definition)
-        for module in network.modules():
-            if hasattr(module, "use_flash_attention"):
-                module.use_flash_attention = flash
+        network = built(DiffusionModelUNetMaisi, changes, flash)
         given = {"class_labels": torch.tensor([1]), "spacing_tensor": torch.ones(1, 3)}
         x, t = torch.randn(1, 4, *size), torch.ones(1)
         with Live() as live:
             network(x, t, **given)
     assert 1 < live.peak / least_memory(network, size, 4) < 1.25
+
+
+@pytest.mark.parametrize(("changes", "size"), [(UNET, [32, 48, 32]), ({}, [64, 64, 32]), ({}, [96, 96, 64])])
+def test_with_a_controlnet_too(changes: dict[str, Any], size: list[int]) -> None:
+    with FakeTensorMode(), torch.no_grad():
+        network, controlnet = (built(kind, changes, True) for kind in (DiffusionModelUNetMaisi, ControlNetMaisi))
+        given = {"spacing": torch.ones(1, 3), "modality": torch.tensor([1])}
+        control = Control.embedded(controlnet, torch.zeros(1, 1, *(4 * n for n in size), dtype=torch.uint8))
+        x, t = torch.randn(1, 4, *size), torch.ones(1)
+        with Live() as live:
+            predict(network, x, t, **given, control=control)
+    assert 1 < live.peak / least_memory(network, size, 4, controlled=True) < 1.3

@@ -8,7 +8,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from scripts.common.errors import UserError
-from scripts.data.datalist import build, load, load_split
+from scripts.data.build import build
+from scripts.data.datalist import load, load_split
 from scripts.use.inputs import find
 
 

@@ -19,7 +19,9 @@ from tests.helpers import finish, start
 def output(folder: Path, sha256: str = "1", window: int = 64, **options: Any) -> Output:
     facts = {"weights": f"{sha256}.pt", "weights_sha256": sha256}
     weights: Any = SimpleNamespace(facts=lambda: facts)
-    return Output(str(folder), "_recon", weights, {"window": window}, bundle_version="7", **options)
+    return Output(
+        str(folder), "_recon", weights, {"window": window}, bundle_version="7", **{"computed_in": "bfloat16"} | options
+    )
 
 
 class Named:
@@ -47,8 +49,15 @@ def test_results_are_named_after_volumes_and_the_record_says_how_they_were_made(
     made = output(tmp_path)
     assert made.path("a/v") == tmp_path / "a" / "v_recon.nii.gz"
     assert made.sidecar("a/v") == tmp_path / "a" / "v_recon.nii.gz.json"
-    wanted = {"weights": "1.pt", "weights_sha256": "1", "bundle_version": "7", "settings": {"window": 64}}
-    assert json.loads((tmp_path / "made_with_recon.json").read_text()) == wanted
+    wanted = {"weights": "1.pt", "weights_sha256": "1", "bundle_version": "7", "computed_in": "bfloat16"}
+    record = tmp_path / "made_with_recon.json"
+    assert json.loads(record.read_text()) == wanted | {"settings": {"window": 64}}
+    output(tmp_path, computed_in="float32")  # goes on, as another GPU may
+    old = wanted | {"settings": {"window": 64}}
+    old.pop("computed_in")  # of version 0.5
+    record.write_text(json.dumps(old))
+    output(tmp_path)
+    assert json.loads(record.read_text()) == old
 
 
 def test_results_of_two_kinds_share_a_folder(tmp_path: Path) -> None:

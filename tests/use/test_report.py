@@ -24,7 +24,7 @@ CASES = [
     }
     for n in (0, 1)
 ]
-FACTS = {"weights": "w.pt", "weights_sha256": "0" * 64, "bundle_version": "0"}
+FACTS = {"weights": "w.pt", "weights_sha256": "0" * 64, "bundle_version": "0", "computed_in": "bfloat16"}
 
 
 def test_summaries_are_of_the_cases_that_have_a_metric() -> None:

@@ -117,9 +117,10 @@ def test_a_result_whose_name_is_too_long_fails_by_itself(tmp_path: Path) -> None
 
 
 def test_the_findings_of_all_ranks_come_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    other = Share(done=3, failed=["x.nii.gz: gone"], findings=["w"])
-    named = workflow([item("a")])
+    other = Share(done=3, failed={5: "x.nii.gz: gone", 0: "y.nii.gz: gone"}, findings=["w"])
+    named = workflow([item("a"), item("b", "b.nii.gz: gone")])
     monkeypatch.setattr(ranks, "gather", lambda value: [value, other])
-    with pytest.raises(UserError, match="^1 of 5 volumes could not be named: x.nii.gz: gone$"):
+    with pytest.raises(UserError, match="^3 of 7 volumes could not be named: y.nii.gz: gone$"):
         named.run()
     assert named.concluded == [["a"], ["w"]]
+    assert named.failed == [f"{name}.nii.gz: gone" for name in "ybx"]  # in the order of all volumes, whose ever
