@@ -116,23 +116,31 @@ def predict(
     """
     assert guidance >= 0
     takes = inputs(network)
-
-    def velocity(modality: torch.Tensor | None, unguided: bool) -> torch.Tensor:
-        return network(
-            x=x,
-            timesteps=timesteps,
-            spacing_tensor=spacing if takes.spacing else None,
-            class_labels=modality if takes.modality else None,
-            top_region_index_tensor=top if takes.top else None,
-            bottom_region_index_tensor=bottom if takes.bottom else None,
-            **(control.residuals(x, timesteps, modality, unguided) if control else {}),
-        )
-
-    told = velocity(modality, False)
+    given = {
+        "x": x,
+        "timesteps": timesteps,
+        "spacing_tensor": spacing if takes.spacing else None,
+        "top_region_index_tensor": top if takes.top else None,
+        "bottom_region_index_tensor": bottom if takes.bottom else None,
+    }
+    told = _velocity(network, given, modality, control)
     if guidance == 0 or not (takes.modality or control):
         return told
     unknown = None if modality is None else torch.zeros_like(modality)
-    return guided(told.float(), velocity(unknown, True).float(), guidance)
+    other = _velocity(network, given, unknown, control, unguided=True)
+    return guided(told.float(), other.float(), guidance)
+
+
+def _velocity(
+    network: nn.Module,
+    given: Mapping[str, Any],
+    modality: torch.Tensor | None,
+    control: Control | None,
+    unguided: bool = False,
+) -> torch.Tensor:
+    """What one pass tells; see `predict`."""
+    added = control.residuals(given["x"], given["timesteps"], modality, unguided) if control else {}
+    return network(**given, **added, class_labels=modality if inputs(network).modality else None)
 
 
 class UNetWeights:
