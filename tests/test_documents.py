@@ -14,9 +14,9 @@ import pytest
 
 GUIDE = sorted([*Path("docs").glob("guide*.md"), *Path("docs/guide").glob("*.md")])
 ENGLISH = [page for page in GUIDE if not page.name.endswith(".zh-TW.md")]
-NAMES = ("train", "evaluate", "inference", "encode", "train_diffusion", "generate", "evaluate_generated")
+NAMES = ("train", "evaluate", "inference", "encode", "train_diffusion", "generate", "evaluate_generated", "train_controlnet")
 CONFIGS: dict[str, dict[str, Any]] = {name: json.loads(Path(f"configs/{name}.json").read_text()) for name in NAMES}
-GROUPS = ("data_option", "autoencoder_train", "diffusion_unet_train", "diffusion_unet_inference")
+GROUPS = ("data_option", "autoencoder_train", "diffusion_unet_train", "diffusion_unet_inference", "controlnet_train")
 HEADS = ("default", "預設值", "in the script", "腳本中的值")  # of the column of defaults
 MISSING = object()
 # Keys that are no knobs: what MONAI runs, what the layer for several GPUs sets, and second names of networks.
@@ -27,6 +27,8 @@ WORDS = {
     "VENV": ("`.venv`, if it is there", "`.venv`（若存在）"),
     "MASTER_PORT": ("a free one", "一個未被佔用的連接埠"),
     "--requeue": ("set", "已設定"),
+    "tissues": ("bone, lung, air", "bone、lung、air"),
+    "roi_labels": ("those of train_controlnet.json", "train_controlnet.json 的"),
 }
 # Messages that are quoted, but come from elsewhere.
 FOREIGN = (
