@@ -14,7 +14,9 @@ import pytest
 
 GUIDE = sorted([*Path("docs").glob("guide*.md"), *Path("docs/guide").glob("*.md")])
 ENGLISH = [page for page in GUIDE if not page.name.endswith(".zh-TW.md")]
-NAMES = ("train", "evaluate", "inference", "encode", "train_diffusion", "generate", "evaluate_generated", "train_controlnet")
+NAMES = (
+    "train", "evaluate", "inference", "encode", "train_diffusion", "train_controlnet", "generate", "evaluate_generated",
+)  # fmt: skip
 CONFIGS: dict[str, dict[str, Any]] = {name: json.loads(Path(f"configs/{name}.json").read_text()) for name in NAMES}
 GROUPS = ("data_option", "autoencoder_train", "diffusion_unet_train", "diffusion_unet_inference", "controlnet_train")
 HEADS = ("default", "預設值", "in the script", "腳本中的值")  # of the column of defaults
