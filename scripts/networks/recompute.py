@@ -91,8 +91,8 @@ class FastAutoencoderKlMaisi(Reconstructor):
     Args:
         network: MONAI's network; its modules are used up.
         activation_checkpointing: keep only what enters each block, and compute the block again in the backward pass:
-            63 % of the saved activations at 96 voxels (of the whole step's peak less is saved), for an eighth more
-            time.
+            63 % of the saved activations at 96 voxels. Of a whole step's peak on a GPU it saves 14 %, for 13 % more
+            arithmetic (counted); a smaller patch saves far more.
 
     Attributes:
         compiled: whether `torch.compile` made one piece of it.

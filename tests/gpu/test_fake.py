@@ -11,8 +11,8 @@ from tests.gpu import counted, planted
 # Of a step, as counted with PyTorch 2.13: operators, traffic in GB beside and of convolutions, matrix products and
 # attention, TFLOP, and peak in GiB. See docs/performance.md; after a change that was meant, write what was counted.
 STEPS = {
-    ("vae", "64^3"): (3308, 25.1, 3.7, 4.08, 1.28),
-    ("vae", "96^3"): (3384, 80.6, 11.7, 13.8, 2.43),
+    ("vae", "64^3"): (3323, 25.1, 3.7, 4.08, 1.26),
+    ("vae", "96^3"): (3372, 80.6, 11.7, 13.8, 2.55),
     ("diffusion", "64 x 64 x 32"): (2560, 44.4, 6.6, 7.30, 7.49),
     ("controlnet", "64 x 64 x 32"): (2692, 37.6, 7.8, 3.61, 4.75),
 }
