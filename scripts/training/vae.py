@@ -58,7 +58,7 @@ class VaeTrainer(TrainingEngine):
 
     remedy = (
         "lower autoencoder_train#patch_size (memory goes with its voxels) or autoencoder_train#batch_size, or set "
-        "activation_checkpointing to true (63 % of the saved activations)"
+        "activation_checkpointing to true (saves about a seventh)"
     )
     unscaled = ("optimizer_d",)
 
