@@ -136,7 +136,14 @@ def test_expressions_are_short_calls() -> None:
                 assert len(text) <= 90 and "lambda" not in text and " if " not in text.replace("'cuda' if", ""), text
 
 
-@pytest.mark.parametrize(("layer", "bases"), [(DEMO, [TRAIN]), (DEMO_DIFFUSION, [*DIFFUSION, EVALUATE_GENERATED])])
+BASES = {
+    DEMO: [TRAIN],
+    DEMO_DIFFUSION: [*DIFFUSION, EVALUATE_GENERATED],
+    Path("configs/demo_controlnet.json"): [TRAIN_CONTROLNET, GENERATE],
+}
+
+
+@pytest.mark.parametrize(("layer", "bases"), BASES.items(), ids=lambda value: getattr(value, "stem", ""))
 def test_layers_override_only_what_exists(layer: Path, bases: list[Path]) -> None:
     parsers = [ConfigParser(json.loads(path.read_text())) for path in bases]
     for key in json.loads(layer.read_text()):
