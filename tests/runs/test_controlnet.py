@@ -223,34 +223,46 @@ THEIRS: dict[str, Any] = {  # as it was before the contrast
         "autoencoder_sliding_window_infer_overlap": 0.4, "modality": 1,
     },
 }  # fmt: skip
+CONTRAST = {
+    "use_region_contrasive_loss": True,
+    "region_contrasive_loss_delta": 2,
+    "region_contrasive_loss_weight": 0.01,
+}
 
 
-def test_their_files_are_layers_with_several_lists_of_folds_and_no_side_files(latents: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("contrast", [{}, CONTRAST], ids=["before the contrast", "with it"])
+def test_their_files_are_layers_with_several_lists_of_folds_and_no_side_files(
+    contrast: dict[str, Any], latents: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     second = make_labelled(tmp_path / "second", [(8, 4, 4)] * 5)
     for side in second.parent.glob("*_emb.nii.gz.json"):  # spacing and modality are in the datalist
         side.unlink()
     lists = {"json_data_list": [str(latents), str(second)], "data_base_dir": [str(latents.parent), str(second.parent)]}
     diffusion, start = str(tmp_path / "theirs.pt"), str(tmp_path / "start.pt")
     theirs = {"exp_name": "controlnet_kits", "trained_diffusion_path": diffusion, "existing_ckpt_filepath": start}
-    files = layers(tmp_path, latents, THEIRS, **theirs, **lists, trained_controlnet_path="./none.pt")
+    knobs = THEIRS | {"controlnet_train": THEIRS["controlnet_train"] | contrast}
+    files = layers(tmp_path, latents, knobs, **theirs, **lists, trained_controlnet_path="./none.pt")
     (tmp_path / "models" / DIFFUSION).rename(diffusion)
     torch.save({"epoch": 4, "loss": torch.tensor(0.1), "controlnet_state_dict": stock().state_dict()}, start)
     started: Any = run([str(TRAIN_CONTROLNET), *files], **OURS, store_dir=str(tmp_path / "store"))
     assert len(started.trainer.data_loader.dataset) == 6 + 3 and content(tmp_path, "controlnet_kits.pt")["epoch"] == 1
-    assert started.trainer.losses.contrast_weight == 0 and started.trainer.losses.weight == 100
-    assert (events(tmp_path, "controlnet_kits")).is_dir()
+    losses = started.trainer.losses
+    assert (losses.labels, losses.weight, losses.contrast_weight) == ((23,), 100, 0.01 if contrast else 0)
+    tags = scalars(events(tmp_path, "controlnet_kits")).Tags()["scalars"]
+    assert ("train_iter/region_contrast" in tags) == bool(contrast)
+    said = "warning: roi_labels has 24, 26, 27, 116, 117, which no training map has; correct it"
+    assert (said in capsys.readouterr().err) == bool(contrast)
 
 
+@pytest.mark.slow
 def test_the_script_starts_two_ranks(latents: Path, tmp_path: Path) -> None:
-    contrast = {"use_region_contrasive_loss": True, "region_contrasive_loss_delta": 2}
-    knobs = {"controlnet_train": THEIRS["controlnet_train"] | contrast | {"region_contrasive_loss_weight": 0.01}}
-    e, c, t = layers(tmp_path, latents, knobs)
+    e, c, t = layers(tmp_path, latents, {"controlnet_train": THEIRS["controlnet_train"] | CONTRAST})
     command = [sys.executable, "scripts/train_controlnet.py", "-e", e, "-c", c, "-t", t, "-g", "2"]
     done = call([*command, *words(OURS | {"store_dir": str(tmp_path / "store")})])
     assert done.returncode == 0, done.stderr[-2000:]
-    assert content(tmp_path)["epoch"] == 1 and "region_contrast" in str(scalars(events(tmp_path)).Tags()["scalars"])
+    assert content(tmp_path)["epoch"] == 1
     assert done.stdout.count("batch 1 on each of 2 ranks") == 1
-    assert done.stderr.count("warning: roi_labels has 24, 26, 27, 116, 117, which no training map has") == 1
+    assert done.stderr.count("warning: roi_labels has 24, 26, 27, 116, 117, which no training map has") == 1  # rank 0
 
 
 # What cannot be trained
