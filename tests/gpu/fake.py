@@ -160,15 +160,21 @@ def diffusion(tracker: Tracker) -> Iterable[tuple[str, Counted]]:
     return trained(tracker, "train_diffusion", steps, scale=scale, train__trainer__facts={})
 
 
-def controlnet(tracker: Tracker) -> Iterable[tuple[str, Counted]]:
+def controlnet(tracker: Tracker, contrast: bool = False) -> Iterable[tuple[str, Counted]]:
     def steps(parser: ConfigParser) -> Mapping[str, Step]:
         batch = latents(parser, "controlnet_train")
         maps = torch.empty(len(batch["latent"]), 1, 256, 256, 128, dtype=torch.uint8)
         batch |= {"label": maps, "label_without": maps, "removed": ["1"] * len(maps)}
-        return {"begin": (1, batch), "64 x 64 x 32": (2, batch)}
+        return {"begin": (1, batch)} | ({} if contrast else {"64 x 64 x 32": (2, batch)})
 
     weights = {"_target_": "types.SimpleNamespace", "network": "@diffusion_unet_def", "scale_factor": 1.0}
-    return trained(tracker, "train_controlnet", steps, weights=weights, train__trainer__facts={})
+    regions = {"use_region_contrasive_loss": True, "weighted_loss_label": [1, 2], "weighted_loss": 10}
+    knobs = {f"controlnet_train__{key}": value for key, value in regions.items()} if contrast else {}
+    return trained(tracker, "train_controlnet", steps, weights=weights, train__trainer__facts={}, **knobs)
+
+
+def contrast(tracker: Tracker) -> Iterable[tuple[str, Counted]]:
+    return controlnet(tracker, contrast=True)
 
 
 def validation(tracker: Tracker) -> Iterable[tuple[str, Counted]]:
@@ -217,7 +223,7 @@ def known(tracker: Tracker) -> Iterable[tuple[str, Counted]]:
         yield "known", tracker.take()
 
 
-CASES = (vae, checkpointed, diffusion, controlnet, validation, faults, known)
+CASES = (vae, checkpointed, diffusion, controlnet, contrast, validation, faults, known)
 
 
 def main(names: Iterable[str]) -> dict[str, dict[str, Counted]]:

@@ -16,7 +16,7 @@ STEPS = {
     ("diffusion", "64 x 64 x 32"): (2560, 44.4, 6.6, 7.30, 7.49),
     ("controlnet", "64 x 64 x 32"): (2692, 37.6, 7.8, 3.61, 4.75),
 }
-TRAININGS = ("vae", "diffusion", "controlnet")
+TRAININGS = ("vae", "diffusion", "controlnet", "contrast")
 SMALLER_THAN_GIB = 2.6  # of the autoencoder's step at 96^3
 
 
@@ -34,7 +34,7 @@ def line_of(fault: Any) -> str:
 
 def test_a_step_and_its_handlers_never_wait_for_the_device(counts: counted.Counts) -> None:
     waits = {(name, step): found["waits"] for name in TRAININGS for step, found in counts[name].items()}
-    assert len(waits) == 8 and waits == dict.fromkeys(waits, [])
+    assert len(waits) == 9 and waits == dict.fromkeys(waits, [])
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
