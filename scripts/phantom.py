@@ -41,12 +41,13 @@ class Label(IntEnum):
 
 
 class _Canvas:
-    """A float32 volume in HU, and its uint8 label map, with coordinates in mm about their centre; shapes are painted
-    one over another."""
+    """A float32 volume in HU, and its uint8 label map, with coordinates in mm about the patient's axis, which lies
+    `place` from the volume's; shapes are painted one over another."""
 
-    def __init__(self, shape: Sequence[int], spacing: Sequence[float], taper: float) -> None:
+    def __init__(self, shape: Sequence[int], spacing: Sequence[float], place: Point, taper: float) -> None:
         self.voxel = float(np.mean(spacing))
-        axes = [(np.arange(n, dtype=np.float32) - (n - 1) / 2) * s for n, s in zip(shape, spacing, strict=True)]
+        grid = zip(shape, spacing, (*place, 0.0), strict=True)
+        axes = [(np.arange(n, dtype=np.float32) - (n - 1) / 2) * s - np.float32(off) for n, s, off in grid]
         self.x, self.y, self.z = np.meshgrid(*axes, indexing="ij", sparse=True)
         self.hu = np.full(tuple(shape), AIR, dtype=np.float32)
         self.labels = np.zeros(tuple(shape), dtype=np.uint8)
@@ -57,7 +58,7 @@ class _Canvas:
         np.copyto(self.hu, hu, where=mask)
         np.copyto(self.labels, np.uint8(label), where=mask)
 
-    def ellipse(self, centre: Point, radii: Point) -> np.ndarray:
+    def ellipse(self, centre: Sequence[float | np.ndarray], radii: Point) -> np.ndarray:
         """Squared radius (1 on the border) of an elliptic cylinder along z, which follows the taper of the chest."""
         x, y = self.x / self.taper - centre[0], self.y / self.taper - centre[1]
         return (x / radii[0]) ** 2 + (y / radii[1]) ** 2
@@ -119,14 +120,16 @@ def _paint_lung(
 
 
 def _paint_skeleton(canvas: _Canvas, rng: np.random.Generator, chest: np.ndarray, body: np.ndarray) -> None:
-    spine = np.array([0.0, -0.62 * body[1], 0.0])
     vertebra, pitch = 0.13 * body[0], rng.uniform(24, 30)
+    swing, turn = rng.uniform(0, 0.12) * body[0], rng.uniform(0, 2 * np.pi)
+    bend = swing * np.sin(canvas.z / 90 + turn)  # to one side and the other, as in a scoliosis
+    spine = (bend, -0.62 * body[1])
     phase = np.mod(canvas.z / pitch + rng.uniform(), 1.0)
     column = canvas.ellipse(spine, (vertebra, 0.8 * vertebra))
     canvas.paint(column < 1, BONE, Label.VERTEBRA)
     canvas.paint(column < 0.75, MARROW, Label.VERTEBRA)
     canvas.paint((column < 0.9) & (phase < 0.2), DISC, Label.BODY)
-    canal = spine - [0, 1.35 * vertebra, 0]
+    canal = (bend, spine[1] - 1.35 * vertebra)
     canvas.paint(canvas.ellipse(canal, (0.7 * vertebra, 0.6 * vertebra)) < 1, BONE, Label.VERTEBRA)
     canvas.paint(canvas.ellipse(canal, (0.45 * vertebra, 0.4 * vertebra)) < 1, 20, Label.SPINAL_CORD)
     # Ribs: bands of the chest wall that fall from back to front.
@@ -168,9 +171,11 @@ def labelled_phantom(
         NV-Generate-CTMR: 0 for air around the body and the table, 200 for what has no number of its own.
     """
     rng = np.random.default_rng(seed)
-    canvas = _Canvas(shape, spacing, taper=rng.uniform(0.1, 0.35))
     extent = np.array(shape) * np.array(spacing) / 2
-    body = extent[:2] * rng.uniform([0.80, 0.62], [0.92, 0.74])
+    body = extent[:2] * rng.uniform([0.64, 0.50], [0.92, 0.74])
+    room = np.maximum(extent[:2] - body - (5, 20), 0)  # behind the patient there is the table
+    place = rng.uniform(-1, 1, 2) * room
+    canvas = _Canvas(shape, spacing, place, taper=rng.uniform(0.1, 0.35))
     outline = canvas.ellipse((0, 0), body)
     canvas.paint(outline < 1, FAT + rng.normal(0, 8), Label.BODY)
     wall = canvas.ellipse((0, 0), body - rng.uniform(5, 22))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from monai.networks.blocks import Swish
 from torch import nn
 
 from scripts.common.errors import UserError
@@ -80,6 +81,18 @@ def _embedded(embedding: nn.Module, labels: torch.Tensor) -> torch.Tensor:
     return torch.cat(parts, dim=2)
 
 
+def fused(network: nn.Module) -> nn.Module:
+    """The same network, with one kernel for each activation of the embedding.
+
+    MONAI's `Swish` takes three, and keeps three tensors for the backward pass, here of a map's full resolution.
+    """
+    for parent in list(network.modules()):
+        for name, child in parent.named_children():
+            if type(child) is Swish and child.alpha == 1:
+                setattr(parent, name, nn.SiLU())
+    return network
+
+
 def copy_encoder(network: nn.Module, unet: nn.Module) -> None:
     """Let a ControlNet start as the UNet's encoder; its own outputs stay as they are, which is zero.
 
@@ -140,7 +153,7 @@ class ControlNetWeights:
         model_filename: str,
         trained_controlnet_path: str | None = None,
     ) -> None:
-        self.network = network
+        self.network = fused(network)
         path = trained_controlnet_path or newest(Path(model_dir), model_filename)
         if path is None:
             raise UserError(

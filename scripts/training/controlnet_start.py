@@ -16,7 +16,7 @@ from scripts.data.labels import BODY, LabelStore, replacements
 from scripts.data.latent_list import Entry
 from scripts.data.latents import LatentStore, scale_factor
 from scripts.networks import diffusion_files
-from scripts.networks.controlnet import copy_encoder
+from scripts.networks.controlnet import copy_encoder, fused
 from scripts.networks.diffusion_files import CONTROLNET
 from scripts.networks.unet import UNetWeights, inputs
 from scripts.training import diffusion_start
@@ -46,7 +46,7 @@ def begun(network: nn.Module, weights: UNetWeights, existing_ckpt_filepath: str 
         diffusion_files.read(network, existing_ckpt_filepath, CONTROLNET)
     else:
         copy_encoder(network, weights.network)
-    return network
+    return fused(network)
 
 
 def table_of(roi_labels: Mapping[Any, Any], losses: RegionLosses) -> dict[int, int | str] | None:
