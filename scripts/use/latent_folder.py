@@ -62,10 +62,15 @@ class LatentFolder(Output):
         Raises:
             UserError: as `done` does.
         """
-        done = self.done(name, source)
-        if self.labels is None or name not in self.sources:
-            return done
-        return self.labels.done(name, self.sources[name]) and done
+        outputs = [(self, source)]
+        if self.labels is not None and name in self.sources:
+            outputs.append((self.labels, self.sources[name]))
+        try:
+            return all([output.done(name, source) for output, source in outputs])
+        except UserError:
+            for output in (self, self.labels or self):
+                output.forget()
+            raise
 
     def write_lists(self) -> None:
         """Write statistics and datalists of all that is there, also of what earlier runs made."""

@@ -101,6 +101,15 @@ class Output:
                 change = f"{name} was {was.get(name)}, now it is {value}"
                 raise UserError(f"{self.folder}: holds results of other settings ({change}); {remedy}")
 
+    def forget(self) -> None:
+        """Remove the record and the list that this run began, lest the next one take for its own what this one found.
+
+        Nothing is removed where an earlier run began them, or there are results.
+        """
+        if not self.ours and not self.overwrite and not _listed(self.list):
+            for path in (self.record, self.list):
+                path.unlink(missing_ok=True)
+
     def path(self, name: str) -> Path:
         """The file that the result of the volume `name` is written to."""
         return self.folder / f"{name}{self.ending}.nii.gz"
@@ -156,6 +165,7 @@ class Output:
         sizes = [_size(str(file)) for file in files]
         there = [file for file, found in zip(files, sizes, strict=True) if found is not None]
         if there and name not in self._listed and not self.ours and not self.overwrite:
+            self.forget()
             raise UserError(
                 f"{there[0]}: is there, but is no result of an earlier run; move it, give another output_dir, or "
                 "--overwrite True to replace it"

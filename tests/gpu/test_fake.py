@@ -14,7 +14,7 @@ STEPS = {
     ("vae", "64^3"): (3323, 25.1, 3.7, 4.08, 1.26),
     ("vae", "96^3"): (3372, 80.6, 11.7, 13.8, 2.55),
     ("diffusion", "64 x 64 x 32"): (2560, 44.4, 6.6, 7.30, 7.49),
-    ("controlnet", "64 x 64 x 32"): (2692, 37.6, 7.8, 3.61, 4.75),
+    ("controlnet", "64 x 64 x 32"): (2647, 28.8, 7.8, 3.61, 4.75),
 }
 TRAININGS = ("vae", "diffusion", "controlnet", "contrast")
 SMALLER_THAN_GIB = 2.6  # of the autoencoder's step at 96^3

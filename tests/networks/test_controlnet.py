@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,10 +12,11 @@ import pytest
 import torch
 from monai.apps.generation.maisi.networks.controlnet_maisi import ControlNetMaisi
 from monai.apps.generation.maisi.networks.diffusion_model_unet_maisi import DiffusionModelUNetMaisi
+from monai.networks.blocks import Swish
 
 from scripts.common.errors import UserError
 from scripts.networks import diffusion_files
-from scripts.networks.controlnet import Control, ControlNetWeights, coded, copy_encoder
+from scripts.networks.controlnet import Control, ControlNetWeights, coded, copy_encoder, fused
 from scripts.networks.diffusion_files import CONTROLNET
 from scripts.networks.unet import predict
 from scripts.networks.weights import write_tensors
@@ -177,3 +179,18 @@ def test_the_full_network_fits_the_full_unet() -> None:
         )
         copy_encoder(network, unet)
     assert sum(parameter.numel() for parameter in network.parameters()) == 72_037_072
+
+
+def test_activations_of_the_embedding_are_silu_in_one_kernel() -> None:
+    stock = ControlNetMaisi(**STOCK).eval()
+    one = fused(copy.deepcopy(stock))
+    assert not any(isinstance(module, Swish) for module in one.modules())
+    assert list(one.state_dict()) == list(stock.state_dict())
+    maps = coded(drawn(1, 1, 32, 16, 32))
+    embedded = [network.controlnet_cond_embedding(maps) for network in (one, stock)]
+    assert embedded[1].abs().max() == 0  # as its last convolution begins with zeros
+    for network in (one, stock):
+        torch.nn.init.ones_(network.controlnet_cond_embedding.conv_out.conv.weight)
+    found, wanted = (network.controlnet_cond_embedding(maps) for network in (one, stock))
+    assert wanted.std() > 0.01
+    torch.testing.assert_close(found, wanted)

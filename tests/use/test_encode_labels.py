@@ -223,6 +223,20 @@ def test_a_map_is_not_written_over_its_source(options: dict[str, Any], tmp_path:
         assert last == f"error: {source}: would be written over by what is made of it; give another output_dir"
 
 
+def test_files_of_others_are_refused_again_and_again(options: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "list.json").write_text(json.dumps(pairs(tmp_path, training=2)))
+    (tmp_path / "emb").mkdir()
+    others = [tmp_path / "emb" / name for name in ("training0_label.nii.gz", "training1_emb.nii.gz")]
+    for other in others:
+        other.write_bytes(b"somebody's")
+    while others:
+        for _ in range(2):
+            last = last_line_of("encode", **options)
+            assert last.startswith(f"error: {others[0]}: is there, but is no result of an earlier run; move it")
+            assert all(other.read_bytes() == b"somebody's" for other in others)
+        others.pop(0).unlink()
+
+
 @pytest.mark.parametrize("value", [0, 256, "200", True, 1.5])
 def test_the_bodys_label_is_a_label(value: Any) -> None:
     with pytest.raises(UserError, match=r"body_label is .*; use a label from 1 to 255, 200 say, or null for none"):

@@ -176,7 +176,8 @@ def test_ranks_append_to_one_list(tmp_path: Path) -> None:
     assert {item["name"]: item["bytes"] for item in listed(tmp_path)} == {
         f"{rank}-{i}": i for rank in range(3) for i in range(200)
     }
-    assert len(made.list.read_bytes().splitlines()) == len(made.names()) == 600
+    # An empty line is between two where one rank saw the end of another's line that was still being written.
+    assert len(listed(tmp_path)) == len(made.names()) == 600
 
 
 def test_a_list_that_cannot_be_written_says_so(tmp_path: Path) -> None:
@@ -196,9 +197,20 @@ def test_files_of_others_are_refused(tmp_path: Path) -> None:
     made.path("v").touch()
     with pytest.raises(UserError, match=r"v_recon\.nii\.gz: is there, but is no result of an earlier run; move it"):
         made.done("v")
+    with pytest.raises(UserError, match=r"v_recon\.nii\.gz: is there, but is no result of an earlier run; move it"):
+        output(tmp_path).done("v")  # the same command again: nothing that was there is taken for its own
     other = output(tmp_path / "other", overwrite=True)
     other.path("v").touch()
     assert not other.done("v")
+
+
+def test_a_refusal_keeps_the_record_of_results_that_are_there(tmp_path: Path) -> None:
+    made = output(tmp_path)
+    make(made, "v")
+    made.path("w").touch()
+    with pytest.raises(UserError, match=r"w_recon\.nii\.gz: is there, but is no result of an earlier run; move it"):
+        made.done("w")
+    assert output(tmp_path).names() == ["v"]
 
 
 def test_results_of_other_weights_or_settings_are_refused(tmp_path: Path) -> None:
