@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from enum import IntEnum
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -58,8 +59,11 @@ class _Canvas:
         np.copyto(self.hu, hu, where=mask)
         np.copyto(self.labels, np.uint8(label), where=mask)
 
-    def ellipse(self, centre: Sequence[float | np.ndarray], radii: Point) -> np.ndarray:
-        """Squared radius (1 on the border) of an elliptic cylinder along z, which follows the taper of the chest."""
+    def ellipse(self, centre: Sequence[Any] | np.ndarray, radii: Point) -> np.ndarray:
+        """Squared radius (1 on the border) of an elliptic cylinder along z, which follows the taper of the chest.
+
+        `centre` is two numbers, or depends on z.
+        """
         x, y = self.x / self.taper - centre[0], self.y / self.taper - centre[1]
         return (x / radii[0]) ** 2 + (y / radii[1]) ** 2
 

@@ -164,10 +164,6 @@ class ControlNetWeights:
         if len(set(gather(self.file.sha256))) > 1:
             raise UserError(f"{path}: the ranks read different weights; give trained_controlnet_path")
 
-    def facts(self) -> dict[str, str | None]:
-        """Which weights these are, for what is written with results."""
-        return {"controlnet": str(self.file.path), "controlnet_sha256": self.file.sha256}
-
     def other_unet(self, unet: UNetWeights) -> str:
         """A sentence where the ControlNet was trained on another UNet; empty where it was not, or that is not known."""
         trained = self.file.facts.get("unet_sha256")

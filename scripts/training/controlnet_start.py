@@ -139,6 +139,6 @@ def rows(
     scale = Scale(weights.scale_factor, f"of {weights.file.path}")
     return {
         "UNet": f"{weights.file.path} (SHA-256 {weights.file.sha256[:12]}), frozen",
-        **diffusion_start.rows(entries, scale, trainer),
+        **diffusion_start.rows(entries, scale, trainer, weights.network),
         "labels": f"{labels or 'none'} (of {len(entries)} maps)",
     }

@@ -192,13 +192,19 @@ def facts(entries: Sequence[Entry], scale: Scale) -> dict[str, Any]:
     return {"autoencoder_sha256": autoencoder_of(entries), "scale_factor_origin": scale.origin, **ranges(entries)}
 
 
-def rows(entries: Sequence[Entry], scale: Scale, trainer: TrainingEngine) -> dict[str, str]:
-    """What the table of the start says beside the rows of all trainings."""
+def rows(
+    entries: Sequence[Entry], scale: Scale, trainer: TrainingEngine, frozen: nn.Module | None = None
+) -> dict[str, str]:
+    """What the table of the start says beside the rows of all trainings; `frozen` is a network that only takes part."""
     weights = sum(p.numel() for network in trainer.bare.values() for p in network.parameters())
     # Four bytes each: weights, gradients, Adam's two moments, and the average.
     memory = 4 * weights * (4 + sum(average.decay > 0 for average in trainer.averages.values()))
+    parts = "gradients, Adam and average"
+    if frozen is not None:
+        memory += 4 * sum(p.numel() for p in frozen.parameters())
+        parts = "gradients, Adam, average and the frozen UNet"
     return {
         **described(entries),
         "scale factor": f"{scale.value:.4f} ({scale.origin})",
-        "weights": f"{memory / 1e9:.2f} GB on the device, with gradients, Adam and average; activations come on top",
+        "weights": f"{memory / 1e9:.2f} GB on the device, with {parts}; activations come on top",
     }

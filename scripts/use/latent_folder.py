@@ -62,15 +62,16 @@ class LatentFolder(Output):
         Raises:
             UserError: as `done` does.
         """
-        outputs = [(self, source)]
+        outputs: list[tuple[Output, str]] = [(self, source)]
         if self.labels is not None and name in self.sources:
             outputs.append((self.labels, self.sources[name]))
         try:
-            return all([output.done(name, source) for output, source in outputs])
+            whole = [output.done(name, source) for output, source in outputs]
         except UserError:
             for output in (self, self.labels or self):
                 output.forget()
             raise
+        return all(whole)
 
     def write_lists(self) -> None:
         """Write statistics and datalists of all that is there, also of what earlier runs made."""

@@ -126,7 +126,7 @@ def test_weights_go_both_ways(tmp_path: Path) -> None:
     ours = ControlNetWeights(small_controlnet(1), tmp_path, "none.pt", str(tmp_path / "ours.pt"))
     assert same(dict(ours.network.state_dict()), dict(network.state_dict())) and ours.file.facts == facts
     sha256 = hashlib.sha256((tmp_path / "ours.pt").read_bytes()).hexdigest()
-    assert ours.facts() == {"controlnet": str(tmp_path / "ours.pt"), "controlnet_sha256": sha256}
+    assert (ours.file.path, ours.file.sha256) == (tmp_path / "ours.pt", sha256)
     theirs = {"epoch": 7, "loss": 0.25, "controlnet_state_dict": stock.state_dict()}
     torch.save(theirs, tmp_path / "theirs.pt")
     read = ControlNetWeights(small_controlnet(1), tmp_path, "none.pt", str(tmp_path / "theirs.pt"))

@@ -221,3 +221,6 @@ def test_the_table_tells_latents_scale_and_memory(tmp_path: Path) -> None:
             "modalities": "1 ct (1), 1 ct_contrast (3), 1 mri_t1 (9)", "scale factor": "1.2500 (here)",
             "weights": f"{memory} GB on the device, with gradients, Adam and average; activations come on top",
         }  # fmt: skip
+    frozen: Any = torch.nn.Linear(9999, 50_000, device="meta")
+    told = rows(found, Scale(1.25, "here"), Trainer(0.5), frozen)  # type: ignore[arg-type]
+    assert told["weights"].startswith("22.00 GB on the device, with gradients, Adam, average and the frozen UNet;")
