@@ -123,6 +123,19 @@ def _paint_lung(
         _vessel_tree(canvas, rng, hilum, direction / np.linalg.norm(direction), 0.07 * inner[0], 5, air)
 
 
+def _paint_organs(
+    canvas: _Canvas, rng: np.random.Generator, inner: np.ndarray, extent: Point, diaphragm: float, chest: np.ndarray
+) -> None:
+    heart = np.array([-0.16 * inner[0], 0.2 * inner[1], diaphragm + 0.35 * extent[2]])
+    canvas.paint(
+        canvas.ellipsoid(heart, (0.36 * inner[0], 0.42 * inner[1], 0.4 * extent[2])) < 1, BLOOD - 90, Label.HEART
+    )
+    canvas.paint(canvas.ellipsoid(heart, (0.2 * inner[0], 0.25 * inner[1], 0.22 * extent[2])) < 1, BLOOD, Label.HEART)
+    liver = (0.3 * inner[0], 0.05 * inner[1], diaphragm - 0.4 * extent[2])
+    organ = canvas.ellipsoid(liver, (0.6 * inner[0], 0.75 * inner[1], 0.6 * extent[2]))
+    canvas.paint((organ < 1) & (chest < 1), LIVER + rng.normal(0, 8), Label.LIVER)
+
+
 def _paint_skeleton(canvas: _Canvas, rng: np.random.Generator, chest: np.ndarray, body: np.ndarray) -> None:
     vertebra, pitch = 0.13 * body[0], rng.uniform(24, 30)
     swing, turn = rng.uniform(0, 0.12) * body[0], rng.uniform(0, 2 * np.pi)
@@ -190,14 +203,7 @@ def labelled_phantom(
     lung = rng.uniform(-20, 20) + LUNG
     for side in (-1, 1):
         _paint_lung(canvas, rng, side, inner, extent, diaphragm, lung)
-    heart = np.array([-0.16 * inner[0], 0.2 * inner[1], diaphragm + 0.35 * extent[2]])
-    canvas.paint(
-        canvas.ellipsoid(heart, (0.36 * inner[0], 0.42 * inner[1], 0.4 * extent[2])) < 1, BLOOD - 90, Label.HEART
-    )
-    canvas.paint(canvas.ellipsoid(heart, (0.2 * inner[0], 0.25 * inner[1], 0.22 * extent[2])) < 1, BLOOD, Label.HEART)
-    liver = (0.3 * inner[0], 0.05 * inner[1], diaphragm - 0.4 * extent[2])
-    organ = canvas.ellipsoid(liver, (0.6 * inner[0], 0.75 * inner[1], 0.6 * extent[2]))
-    canvas.paint((organ < 1) & (chest < 1), LIVER + rng.normal(0, 8), Label.LIVER)
+    _paint_organs(canvas, rng, inner, extent, diaphragm, chest)
     _paint_skeleton(canvas, rng, chest, body)
     canvas.paint(canvas.ellipse((-0.12 * inner[0], -0.42 * body[1]), (0.09 * inner[0],) * 2) < 1, BLOOD, Label.AORTA)
     canvas.paint(

@@ -1,11 +1,13 @@
-"""A device computes one window while the host takes in the one before and brings the next."""
+"""A device computes one window while the host takes in those before and brings the next."""
 
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Generator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
+from typing import TypeVar
 
 import torch
 
@@ -13,6 +15,10 @@ Item = TypeVar("Item")
 Loaded = TypeVar("Loaded")
 Computed = TypeVar("Computed")
 Stored = TypeVar("Stored")
+
+# Items that are loaded before they are computed, and computed before they are stored. More than one, since some take
+# longer: the first of a row of windows is stored in memory that the system has yet to hand out, page by page.
+AHEAD = 4
 
 
 def pipelined(
@@ -25,8 +31,8 @@ def pipelined(
     """What `store(item, compute(load(item)))` gives for each item, in order, where it is not None.
 
     `compute` runs in the caller's thread, and so in its autocast and its inference mode. Meanwhile another thread,
-    which ends with this generator, stores the item before and loads the next one; so two items are held as they were
-    loaded, and two as they were computed. An error in any of these is raised here.
+    which ends with this generator, loads up to `AHEAD` next items and stores up to as many before, so that neither
+    waits for the other where one takes longer now and then. An error in any of these is raised here.
 
     Args:
         items: one or more.
@@ -35,24 +41,20 @@ def pipelined(
         store: waits until it is.
         device: where is computed. On a GPU the thread works in the caller's stream.
     """
-
-    def turn(before: tuple[Item, Computed] | None, following: Item | None) -> tuple[Any, Stored | None]:
-        loaded = None if following is None else load(following)
-        return loaded, None if before is None else store(*before)
-
-    before = None
+    following = iter(items)
+    stores: deque[Future[Stored | None]] = deque()
     with _thread(device) as thread:
-        job = thread.submit(turn, None, items[0])
-        for item, following in zip(items, [*items[1:], None], strict=True):
-            loaded, stored = job.result()
-            job = thread.submit(turn, before, following)
-            before = item, compute(loaded)
-            del loaded  # lest three be held
-            if stored is not None:
+        loads = deque(thread.submit(load, item) for item in islice(following, AHEAD))
+        for item in items:
+            if len(stores) == AHEAD and (stored := stores.popleft().result()) is not None:
                 yield stored
-            del stored  # likewise
-        for last in (job, thread.submit(turn, before, None)):
-            if (stored := last.result()[1]) is not None:
+                del stored  # lest it be held until the next one
+            computed = compute(loads.popleft().result())
+            loads.extend(thread.submit(load, later) for later in islice(following, 1))
+            stores.append(thread.submit(store, item, computed))
+            del computed  # likewise
+        for last in stores:
+            if (stored := last.result()) is not None:
                 yield stored
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from scripts.networks.pipeline import Arriving, pipelined, sent
+from scripts.networks.pipeline import AHEAD, Arriving, pipelined, sent
 
 CPU = torch.device("cpu")
 WAIT = 60  # seconds, after which something has not happened
@@ -45,28 +45,28 @@ def test_each_item_is_loaded_computed_and_stored_in_order(count: int) -> None:
 
 
 def test_one_item_is_computed_while_its_neighbours_are_stored_and_loaded() -> None:
-    """Each waits for the other two to have begun, which would take for ever one after the other."""
-    begun = {step: [threading.Event() for _ in range(5)] for step in ("load", "compute", "store")}
+    """Each waits for others to have begun, which would take for ever one after the other."""
+    begun = {step: [threading.Event() for _ in range(9)] for step in ("load", "compute", "store")}
     alone: list[tuple[str, int]] = []
 
     def step(name: str, item: int, *neighbours: tuple[str, int]) -> int:
         begun[name][item].set()
         for other, place in neighbours:
-            if 0 <= place < 5 and not begun[other][place].wait(WAIT):
+            if 0 <= place < 9 and not begun[other][place].wait(WAIT):
                 alone.append((name, item))
         return item
 
     stored = pipelined(
-        range(5),
-        lambda item: step("load", item, ("compute", item - 1)),
+        range(9),
+        lambda item: step("load", item, ("compute", item + 1 - AHEAD)),
         lambda item: step("compute", item, ("load", item + 1), ("store", item - 1)),
         lambda item, _: step("store", item, ("compute", item + 1)),
         CPU,
     )
-    assert list(stored) == [*range(5)] and alone == []
+    assert list(stored) == [*range(9)] and alone == []
 
 
-def test_two_items_are_held_as_loaded_and_two_as_computed_and_results_come_a_beat_later() -> None:
+def test_so_many_items_are_held_as_loaded_and_as_computed_and_results_come_as_much_later() -> None:
     counts = {"load": 0, "compute": 0, "store": 0}
     held: list[tuple[int, int]] = []
 
@@ -76,10 +76,27 @@ def test_two_items_are_held_as_loaded_and_two_as_computed_and_results_come_a_bea
         return item
 
     for item in pipelined(
-        range(9), lambda i: step("load", i), lambda i: step("compute", i), lambda i, _: step("store", i), CPU
+        range(19), lambda i: step("load", i), lambda i: step("compute", i), lambda i, _: step("store", i), CPU
     ):
-        assert counts["compute"] == min(item + 3, 9)  # the device has work while the caller has the result
-    assert max(loaded for loaded, _ in held) <= 2 and max(computed for _, computed in held) <= 2
+        assert counts["compute"] == min(item + AHEAD, 19)  # the device has work while the caller has the result
+    assert max(loaded for loaded, _ in held) <= AHEAD and max(computed for _, computed in held) <= AHEAD
+
+
+def test_one_that_takes_longer_holds_up_nobody() -> None:
+    """The first is not stored until so many are computed, nor is a later one computed until as many are loaded."""
+    first, last = threading.Event(), threading.Event()
+
+    def compute(item: int) -> int:
+        if item == AHEAD - 1:
+            first.set()
+        return last.wait(WAIT) and item if item == AHEAD else item
+
+    def load(item: int) -> int:
+        if item == 2 * AHEAD - 1:
+            last.set()
+        return item
+
+    assert list(pipelined(range(19), load, compute, lambda i, _: first.wait(WAIT) and i, CPU)) == [*range(19)]
 
 
 @pytest.mark.parametrize("where", ["load", "compute", "store"])
@@ -106,7 +123,7 @@ def test_who_stops_early_leaves_nothing_running(taken: int) -> None:
     found = pipelined(range(100), int, int, lambda item, _: stored.append(item) or item, CPU)  # type: ignore[func-returns-value]
     with closing(found):
         assert [next(found) for _ in range(taken)] == [*range(taken)]
-    assert len(stored) <= taken + 2
+    assert len(stored) <= taken + AHEAD
     for item in pipelined(range(100), int, int, lambda item, _: item, CPU):  # closed by its loop
         if item == taken:
             break

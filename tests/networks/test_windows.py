@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from scripts.common.errors import UserError
+from scripts.networks.pipeline import AHEAD
 from scripts.networks.recompute import FastAutoencoderKlMaisi
 from scripts.networks.windows import VolumeInferer, factor_of, padded
 from tests.helpers import stock_network
@@ -90,7 +91,7 @@ def test_an_inferer_that_is_left_early_ends() -> None:
 
     volume, inferer = torch.rand(1, 1, 40, 20, 20), VolumeInferer([8, 20, 20], overlap=0)
     slabs = inferer.slabs(volume, network)
-    assert next(slabs)[0] == 0 and len(seen) == 3 and threading.active_count() == running + 1
+    assert next(slabs)[0] == 0 and len(seen) == AHEAD and threading.active_count() == running + 1
     slabs.close()  # type: ignore[attr-defined]
     assert threading.active_count() == running
     with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):
