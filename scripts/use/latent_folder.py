@@ -22,7 +22,7 @@ class LatentFolder(Output):
 
     Args:
         folder: where they go.
-        data: all volumes: `name`, `image`, and perhaps `label`, the paths of the files.
+        data: all volumes: `name`; `image`, and perhaps `label`, the paths of the files; `split`, the list it is in.
         weights: the latents come from them.
         settings: the latents depend on them.
         body_label: the label maps depend on it.
@@ -47,6 +47,7 @@ class LatentFolder(Output):
         overwrite: bool = False,
     ) -> None:
         self.sources = {entry["name"]: entry["label"] for entry in data if "label" in entry}
+        self.splits = {entry["name"]: entry["split"] for entry in data}
         for name, source in self.sources.items():
             if Path(source).resolve() == Path(folder, f"{name}_label.nii.gz").resolve():
                 raise UserError(f"{source}: would be written over by what is made of it; give another output_dir")
@@ -74,15 +75,21 @@ class LatentFolder(Output):
         return all(whole)
 
     def write_lists(self) -> None:
-        """Write statistics and datalists of all that is there, also of what earlier runs made."""
+        """Write statistics and datalists of all that is there, also of what earlier runs made.
+
+        A latent of an earlier run is in the list that its volume is in now.
+        """
         facts = [_read(self.sidecar(name)) for name in self.names()]
         if not facts:
             return
         statistics = LatentHealth.merged([LatentHealth.from_sums(f["latent_sums"]) for f in facts]).statistics()
         datalist: dict[str, list[dict[str, str]]] = {"training": []}
         for fact in facts:
-            if fact.get("scale_factor") != statistics["scale_factor"]:
-                write_json(self.sidecar(fact["name"]), fact | {"scale_factor": statistics["scale_factor"]})
+            was = dict(fact)
+            fact["scale_factor"] = statistics["scale_factor"]
+            fact["split"] = self.splits.get(fact["name"], fact["split"])
+            if fact != was:
+                write_json(self.sidecar(fact["name"]), fact)
             item = {"image": f"{fact['name']}.nii.gz", "modality": fact["modality"]}
             datalist.setdefault(fact["split"], []).append(item)
         write_json(self.folder / STATISTICS, {**statistics, "volumes": len(facts), **self.facts})

@@ -148,6 +148,17 @@ def test_the_list_of_pairs_has_folds(
     wanted = {"training": [item | {"fold": fold} for item, fold in zip(items, folds, strict=False)]}
     found = json.loads((tmp_path / "emb" / "datalist_controlnet.json").read_text())
     assert found == wanted | ({"testing": items[count:]} if "testing" in splits else {})
+    moved = content | {"testing": content.pop("training")}  # another split of these volumes: nothing is encoded
+    (tmp_path / "list.json").write_text(json.dumps(moved))
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "emb").glob("*.nii.gz")}
+    run("encode", **options)
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+    lists = [
+        json.loads((tmp_path / "emb" / name).read_text()) for name in ("datalist.json", "datalist_controlnet.json")
+    ]
+    for found in lists:
+        assert len(found["training"]) == (0 if found is lists[0] else splits.get("validation", 0))
+        assert {item["image"][:8] for item in found["testing"]} >= {"training"}
 
 
 @pytest.mark.skipif(not REFERENCE, reason="NV_GENERATE_CTMR does not say where a checkout of NV-Generate-CTMR is")
