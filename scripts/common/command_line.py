@@ -23,6 +23,7 @@ from scripts.common.words import ANY, NUMBER, TEXT, TRUTH, is_path, read_word
 
 _RUN_ARGUMENTS = ("run_id", "init_id", "final_id", "meta_file", "config_file", "logging_file", "tracking", "args_file")
 _WORKFLOW = ("initialize", "run", "finalize")  # lists that MONAI runs
+_UNREAD = ("controlnet_infer",)  # in files of NV-Generate-CTMR, like a key of ours and not meant for it
 
 
 def read(argv: Sequence[str] | None = None) -> None:
@@ -124,7 +125,9 @@ def check_command_line(argv: Sequence[str] | None = None) -> tuple[dict[str, str
     for file in layers:
         for key in configs[file]:
             name = key.lstrip("+")
-            if name not in _WORKFLOW and name not in known and (close := _close(name, known, 0.85)):
+            if name in known or name in (*_WORKFLOW, *_UNREAD):
+                continue
+            if close := _close(name, known, 0.85):
                 raise UserError(f"{file}: unknown key {name!r}; did you mean {close!r}?")
     overrides = {key: word for key, word in options.items() if key not in _RUN_ARGUMENTS}
     for key in overrides:

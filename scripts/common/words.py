@@ -20,7 +20,7 @@ from fire.parser import DefaultParseValue
 from scripts.common import errors
 from scripts.common.errors import UserError
 
-_PATH_ENDINGS = ("_dir", "_path", "_file", "_list")
+_PATH_ENDINGS = ("_dir", "_path", "_filepath", "_file", "_list")
 _PATHS = ("bundle_root", "output", "file", "datalist", "relative_to")
 _TRUTH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 

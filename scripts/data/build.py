@@ -13,7 +13,7 @@ from scripts.common.errors import UserError
 from scripts.common.files import write_json
 from scripts.data.datalist import CLASSES, SPLITS, shared_volumes
 from scripts.data.nifti import stem
-from scripts.data.pairs import Pairing
+from scripts.data.pairs import Pairing, check_shared
 from scripts.data.search import find
 
 
@@ -136,6 +136,7 @@ def _write(
 
     if shared := shared_volumes({split: [entry(f, None) for f in files] for split, files in splits.items()}, False):
         raise UserError(f"{shared[0]}; a volume may be in one split only")
+    check_shared(splits, labels)
     write_json(output, {split: [entry(f, relative_to) for f in sorted(files)] for split, files in splits.items()})
     for split, files in splits.items():
         print(f"{split:<10} {len(files):>6} files {sum(f.stat().st_size for f in files) / 1e9:>9.2f} GB")

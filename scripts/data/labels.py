@@ -108,13 +108,20 @@ def _filled(mask: np.ndarray) -> np.ndarray:
     return np.stack([ndimage.binary_fill_holes(mask[:, :, z]) for z in range(mask.shape[2])], axis=2)
 
 
-def replacements(roi_labels: Mapping[Any, Any]) -> dict[int, int | str]:
+def replacements(roi_labels: Mapping[Any, Any] | None) -> dict[int, int | str]:
     """The table `roi_labels` of a config, whose labels are texts: what takes the place of each, see `without`.
 
     Raises:
-        UserError: naming an entry that is neither a label nor `NEIGHBOURS`.
+        UserError: for what is no table; naming an entry that is neither a label nor `NEIGHBOURS`.
     """
     table: dict[int, int | str] = {}
+    if roi_labels is None:
+        return table
+    if not isinstance(roi_labels, Mapping):
+        raise UserError(
+            f"roi_labels is {roi_labels!r}; use a table of what takes the place of each label, as "
+            f'{{"23": "{NEIGHBOURS}", "26": 1}}'
+        )
     for key, place in roi_labels.items():
         label = int(key) if str(key).isdecimal() else -1
         legal = place == NEIGHBOURS or (type(place) is int and 0 <= place <= MOST)

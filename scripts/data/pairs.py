@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from scripts.common.errors import UserError
@@ -70,6 +71,31 @@ class Pairing:
         there = (root / f"{name}{ending}" for ending in endings)
         label = next((label for label in there if label.is_file() and label != file), None)
         return label, f"no {root / name}{ending}"
+
+
+def check_shared(splits: Mapping[str, Sequence[Path]], labels: Mapping[Path, Path]) -> None:
+    """Warn of volumes that share a label map, as the phases of a scan may, and names by mistake.
+
+    Raises:
+        UserError: where they are in two splits.
+    """
+    first: dict[Path, tuple[str, Path]] = {}
+    count, example = 0, ""
+    for split, files in splits.items():
+        for file in (file for file in files if file in labels):
+            other_split, other = first.setdefault(labels[file].resolve(), (split, file))
+            if other == file:
+                continue
+            told = f"{labels[file]}: is the label map of {other} and of {file}"
+            if other_split != split:
+                raise UserError(
+                    f"{told}, which are in {other_split} and {split}; correct --label_dir or --label_pattern, or keep "
+                    "what belongs together in one split, by --group_by say"
+                )
+            count, example = count + 1, example or told
+    if count:
+        others = f" ({count} such volumes)" if count > 1 else ""
+        print(f"warning: {example}{others}; correct --label_dir or --label_pattern if they differ", file=sys.stderr)
 
 
 def _substitution(text: str) -> tuple[re.Pattern[str], str]:

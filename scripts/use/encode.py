@@ -73,7 +73,7 @@ class Encoding(VolumeWorkflow):
             "modality": volume["class"],
             "source": volume["image"],
             "name": volume["name"],
-            "split": volume["split"],
+            "split": volume.get("split", "training"),
             "content": "posterior mean",
             **self.output.facts,
             "latent_sums": latents.sums(),

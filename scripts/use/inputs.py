@@ -43,9 +43,9 @@ def find(
         data_base_dir: what paths in datalists are relative to, instead of `dataset_dir`; or one for each datalist.
 
     Returns:
-        entries with `image`, the path; `class`; `split`; and `name`, under which results are stored: the path without
-        its ending, relative to `dataset_dir`, else to the datalist's folder, else to the deepest folder that holds
-        all volumes of the datalist.
+        entries with `image`, the path; `class`; `split`, where a datalist says it; and `name`, under which results are
+        stored: the path without its ending, relative to `dataset_dir`, else to the datalist's folder, else to the
+        deepest folder that holds all volumes of the datalist.
 
     Raises:
         UserError: where there is no volume, or two would have results of the same name.
@@ -64,7 +64,7 @@ def find(
         entries = _from_folder(root, None if output_dir is None else _absolute(output_dir))
     else:
         entries = [_entry(root, root.parent)]
-    entries = [{"class": modality, "split": "training", **entry} for entry in entries]
+    entries = [{"class": modality, **entry} for entry in entries]
     _check(entries, source)
     logger.info("%s: %d volumes", source, len(entries))
     return entries

@@ -22,7 +22,7 @@ class LatentFolder(Output):
 
     Args:
         folder: where they go.
-        data: all volumes: `name`; `image`, and perhaps `label`, the paths of the files; `split`, the list it is in.
+        data: all volumes: `name`; `image`, and perhaps `label`, the paths of the files; perhaps `split`, its list.
         weights: the latents come from them.
         settings: the latents depend on them.
         body_label: the label maps depend on it.
@@ -47,7 +47,7 @@ class LatentFolder(Output):
         overwrite: bool = False,
     ) -> None:
         self.sources = {entry["name"]: entry["label"] for entry in data if "label" in entry}
-        self.splits = {entry["name"]: entry["split"] for entry in data}
+        self.splits = {entry["name"]: entry["split"] for entry in data if "split" in entry}
         for name, source in self.sources.items():
             if Path(source).resolve() == Path(folder, f"{name}_label.nii.gz").resolve():
                 raise UserError(f"{source}: would be written over by what is made of it; give another output_dir")
@@ -77,7 +77,7 @@ class LatentFolder(Output):
     def write_lists(self) -> None:
         """Write statistics and datalists of all that is there, also of what earlier runs made.
 
-        A latent of an earlier run is in the list that its volume is in now.
+        A latent of an earlier run is in the list that its volume is in now, where a datalist says that.
         """
         facts = [_read(self.sidecar(name)) for name in self.names()]
         if not facts:

@@ -68,7 +68,7 @@ class LabelMaps(Dataset):
     ) -> None:
         encoder_of(controlnet.network, unet.network)
         self.wanted, self.trained = wanted, controlnet.file.facts.get("labels")
-        self.table = replacements(roi_labels or {}) if guidance else {}
+        self.table = replacements(roi_labels) if guidance else {}
         self.resample_back = resample_back
         first, entries = checked_seed(random_seed), find_labels(mask_dir, splits, output_dir)
         self.data: list[dict[str, Any]] = [{**entry, "seed": first + number} for number, entry in enumerate(entries)]
@@ -131,8 +131,15 @@ class LabelMaps(Dataset):
             "labels": labels if own_grid else told[0, 0].numpy(),
             "affine": affine if own_grid else other,
             "own_grid": own_grid,
-            "notes": self._notes(labels, dim, spacing),
+            "notes": [*self._notes(labels, dim, spacing), *self._unguided(there)],
         }
+
+    def _unguided(self, there: Sequence[int]) -> list[str]:
+        """What is to be said where no region is left away."""
+        if not self.table or there:
+            return []
+        labels = ", ".join(map(str, self.table))
+        return [f"has none of the labels of roi_labels ({labels}): guidance is towards the modality alone"]
 
     def _notes(self, labels: np.ndarray, dim: Sequence[int], spacing: Sequence[float]) -> list[str]:
         """What may not be meant of a label map."""

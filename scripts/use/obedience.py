@@ -186,12 +186,13 @@ def summarise(cases: Sequence[Mapping[str, Any]], histograms: Mapping[str, np.nd
         "not_compared": [label for label in drawn if label not in hu],
         "by_volume": [{key: case[key] for key in ("name", "target", "dice")} for case in cases],
     }
-    if ANOTHER in histograms and hu:
+    both = [found for found in hu.values() if ANOTHER in found["wasserstein"]]
+    if both:
         nearer = {
-            key.partition("_")[0]: sum(found[key][OWN] < found[key].get(ANOTHER, np.inf) for found in hu.values())
+            key.partition("_")[0]: sum(found[key][OWN] < found[key][ANOTHER] for found in both)
             for key in ("median_difference", "wasserstein")
         }
-        summary["nearer"] = {"labels": len(hu)} | nearer
+        summary["nearer"] = {"labels": len(both)} | nearer
     return summary
 
 

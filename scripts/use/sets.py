@@ -48,7 +48,7 @@ def find_sets(
         UserError: where a set has fewer than two volumes, or a volume is both generated and real.
     """
     generated = _generated(generated_dir, "generated_dir", output_dir)
-    found: Entries = list(find(dataset_dir, json_data_list, output_dir=output_dir, data_base_dir=data_base_dir))
+    found = _listed(find(dataset_dir, json_data_list, output_dir=output_dir, data_base_dir=data_base_dir))
     real = [entry for entry in found if entry["class"] == "ct"]
     _check_apart(generated, real)
     splits = _reference_splits(reference_splits, {entry["split"] for entry in real})
@@ -71,9 +71,14 @@ def _generated(generated_dir: str, knob: str, output_dir: str | None) -> Entries
     pairs = Path(generated_dir) / DATALIST
     paired = pairs.is_file() and '"label"' in pairs.read_text(encoding="utf-8", errors="replace")
     try:
-        return list(find(str(pairs) if paired else generated_dir, output_dir=output_dir))
+        return _listed(find(str(pairs) if paired else generated_dir, output_dir=output_dir))
     except UserError as error:  # it speaks of dataset_dir
         raise UserError(f"{str(error).rpartition(';')[0]}; generate volumes, or correct {knob}") from error
+
+
+def _listed(entries: Sequence[Mapping[str, Any]]) -> Entries:
+    """Entries with `split`: `training` where no datalist says it."""
+    return [{"split": "training", **entry} for entry in entries]
 
 
 def pair(generated: Entries, real: Entries, free: Entries) -> None:

@@ -60,6 +60,34 @@ def test_misspelt_keys_of_layers_are_refused_and_foreign_ones_pass(tmp_path: Pat
         check_command_line(argv)
 
 
+THEIR_KEYS = {  # of NV-Generate-CTMR's files at da438fe, which are layers of our configs
+    "train": (
+        "model_dir", "tfevent_path", "finetune", "trained_autoencoder_path", "data_option", "autoencoder_train",
+        "spatial_dims", "image_channels", "latent_channels", "autoencoder_def", "diffusion_unet_def", "controlnet_def",
+        "mask_generation_autoencoder_def", "mask_generation_diffusion_def", "noise_scheduler", "include_body_region",
+        "mask_generation_latent_shape", "modality",
+    ),
+    "train_diffusion": (
+        "data_base_dir", "embedding_base_dir", "json_data_list", "model_dir", "model_filename", "output_dir",
+        "output_prefix", "existing_ckpt_filepath", "trained_autoencoder_path", "modality_mapping_path",
+        "diffusion_unet_train", "diffusion_unet_inference", "autoencoder_def", "controlnet_def", "noise_scheduler",
+    ),
+    "train_controlnet": (
+        "model_dir", "output_dir", "tfevent_path", "trained_autoencoder_path", "trained_diffusion_path",
+        "trained_controlnet_path", "existing_ckpt_filepath", "exp_name", "data_base_dir", "json_data_list",
+        "modality_mapping_path", "controlnet_train", "controlnet_infer", "autoencoder_def", "diffusion_unet_def",
+        "controlnet_def", "mask_generation_autoencoder_def", "mask_generation_diffusion_def", "noise_scheduler",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("config", THEIR_KEYS)
+def test_keys_of_the_references_files_pass(config: str, tmp_path: Path) -> None:
+    layer = tmp_path / "theirs.json"
+    layer.write_text(json.dumps(dict.fromkeys(THEIR_KEYS[config])))
+    check_command_line(["x", "run", "--config_file", f"['configs/{config}.json','{layer}']"])
+
+
 def test_config_files_of_an_args_file_are_read_too(tmp_path: Path) -> None:
     arguments = tmp_path / "arguments.json"
     arguments.write_text(json.dumps({"config_file": str(TRAIN)}))

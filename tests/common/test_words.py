@@ -56,7 +56,10 @@ def test_numbers_and_what_may_be_anything() -> None:
 
 
 def test_what_is_a_path() -> None:
-    paths = ("output_dir", "train#store_dir", "perceptual_linear_path", "json_data_list", "bundle_root", "output")
+    paths = (
+        "output_dir", "train#store_dir", "perceptual_linear_path", "json_data_list", "bundle_root", "output",
+        "existing_ckpt_filepath",
+    )  # fmt: skip
     assert all(map(is_path, paths)) and not any(map(is_path, ("modality", "pattern", "train::dataset", "outputs")))
 
 

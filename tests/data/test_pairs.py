@@ -119,3 +119,21 @@ def test_folders_of_splits_are_paired_each_by_itself(tmp_path: Path) -> None:
     folders = {f"{split}_dir": str(tmp_path / split[:2]) for split in ("train", "val")}
     found = pairs(tmp_path, label_dir=str(tmp_path / "labels"), **folders)
     assert found == {f"{s}/{s}{i}.nii.gz": f"labels/{s}{i}.nii.gz" for s in ("tr", "va") for i in (1, 2)}
+
+
+def test_a_map_of_several_volumes_is_told_and_may_not_join_two_splits(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    touch(tmp_path, *(f"tr/{name}.nii.gz" for name in ("p1_art", "p1_ven", "p1_label", "p2_art", "p2_label")))
+    touch(tmp_path, "va/p1_art.nii.gz", "va/p1_label.nii.gz")
+    folders = {"train_dir": str(tmp_path / "tr"), "val_dir": str(tmp_path / "va")}
+    found = pairs(tmp_path, label_pattern="s/_(art|ven)$/_label/", **folders)
+    assert found["tr/p1_art.nii.gz"] == found["tr/p1_ven.nii.gz"] == "tr/p1_label.nii.gz"
+    tr = tmp_path / "tr"
+    told = f"warning: {tr}/p1_label.nii.gz: is the label map of {tr}/p1_art.nii.gz and of {tr}/p1_ven.nii.gz; correct"
+    assert told in capsys.readouterr().err
+    touch(tmp_path, "labels/p1_art.nii.gz", "labels/p1_ven.nii.gz", "labels/p2_art.nii.gz")
+    with pytest.raises(
+        UserError, match=r"labels/p1_art\.nii\.gz: is the label map of .*, which are in training and va"
+    ):
+        pairs(tmp_path, label_dir=str(tmp_path / "labels"), pattern="*_???.nii.gz", **folders)

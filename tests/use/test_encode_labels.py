@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -159,6 +160,12 @@ def test_the_list_of_pairs_has_folds(
     for found in lists:
         assert len(found["training"]) == (0 if found is lists[0] else splits.get("validation", 0))
         assert {item["image"][:8] for item in found["testing"]} >= {"training"}
+    before = {path: path.read_bytes() for path in (tmp_path / "emb").glob("*.json")}
+    alone = {"dataset_dir": str(tmp_path / "alone"), "json_data_list": None}
+    Path(alone["dataset_dir"]).mkdir()  # type: ignore[arg-type]
+    shutil.copy(moved["testing"][0]["image"], f"{alone['dataset_dir']}/training0.nii.gz")
+    run("encode", **options | alone)  # no datalist says which list it is in
+    assert before == {path: path.read_bytes() for path in before}
 
 
 @pytest.mark.skipif(not REFERENCE, reason="NV_GENERATE_CTMR does not say where a checkout of NV-Generate-CTMR is")

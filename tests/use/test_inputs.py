@@ -27,7 +27,7 @@ def tree(tmp_path: Path) -> Path:
 
 def test_a_file_a_folder_and_a_datalist(tree: Path) -> None:
     assert find(str(tree / "a" / "v.nii.gz"), modality="mri") == [
-        {"image": str(tree / "a" / "v.nii.gz"), "class": "mri", "split": "training", "name": "v"}
+        {"image": str(tree / "a" / "v.nii.gz"), "class": "mri", "name": "v"}
     ]
     assert names(str(tree), output_dir=str(tree / "out")) == ["a/v", "b/v"]
     content = {"training": [{"image": "a/v.nii.gz"}], "testing": [{"image": "b/v.nii", "class": "mri"}]}

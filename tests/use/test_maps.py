@@ -168,6 +168,8 @@ def test_guidance_is_away_from_the_map_without_the_region(tmp_path: Path) -> Non
     assert one(tmp_path, drawn(), roi_labels=table)["maps"]["unguided"] is None  # no guidance
     other = one(tmp_path, drawn(values=(0, 1, 200)), guidance=2.0, roi_labels=table)
     assert other["maps"]["unguided"] is None  # no region
+    told = "has none of the labels of roi_labels (26, 23): guidance is towards the modality alone"
+    assert told in other["notes"] and told not in item["notes"]
 
 
 TRAINED = {"labels": [0, 1, 26, 200]}
@@ -275,6 +277,10 @@ def test_what_would_end_badly_is_refused(tmp_path: Path) -> None:
         (
             {"roi_labels": {"x": 1}, "guidance": 1.0},
             "roi_labels has 'x': 1; use a label from 1 to 255",
+        ),
+        (
+            {"roi_labels": [26], "guidance": 1.0},
+            "roi_labels is [26]; use a table of what takes the place of each label, as",
         ),
         (
             {"controlnet": weights_of(num_res_blocks=2)},
