@@ -133,7 +133,5 @@ def test_a_map_of_several_volumes_is_told_and_may_not_join_two_splits(
     told = f"warning: {tr}/p1_label.nii.gz: is the label map of {tr}/p1_art.nii.gz and of {tr}/p1_ven.nii.gz; correct"
     assert told in capsys.readouterr().err
     touch(tmp_path, "labels/p1_art.nii.gz", "labels/p1_ven.nii.gz", "labels/p2_art.nii.gz")
-    with pytest.raises(
-        UserError, match=r"labels/p1_art\.nii\.gz: is the label map of .*, which are in training and va"
-    ):
+    with pytest.raises(UserError, match=r"labels/p1_art\.nii\.gz: is the label map of .*, which are in training and"):
         pairs(tmp_path, label_dir=str(tmp_path / "labels"), pattern="*_???.nii.gz", **folders)
