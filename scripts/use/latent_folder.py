@@ -55,7 +55,9 @@ class LatentFolder(Output):
         self.labels = None
         if self.sources:
             of_labels = {"body_label": body_label}
-            self.labels = Output(folder, "_label", weights, of_labels, bundle_version, overwrite=overwrite)
+            self.labels = Output(
+                folder, "_label", weights, of_labels, bundle_version, overwrite=overwrite, corrected=True
+            )
 
     def complete(self, name: str, source: str) -> bool:
         """Whether the latent of the volume `name` of the file `source` is done, and its label map where it has one.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -43,6 +44,8 @@ class Output:
         overwrite: make results anew that are there already.
         sidecars: whether a result is whole only with its JSON file.
         beside: what follows a volume's name in the other files without which its result is not whole.
+        corrected: whether what results are made of may be corrected, as label maps are: it is known by its content then,
+            and made anew where that is another; otherwise a file of another size is refused.
 
     Raises:
         UserError: where the folder holds results of other weights or settings, which `overwrite` replaces.
@@ -59,13 +62,14 @@ class Output:
         overwrite: bool = False,
         sidecars: bool = False,
         beside: Sequence[str] | None = None,
+        corrected: bool = False,
     ) -> None:
         self.folder, self.ending = Path(folder), ending
         self.facts = {**weights.facts(), "bundle_version": bundle_version, "computed_in": computed_in}
         self.record = self.folder / RECORD.format(ending)
         self.list = self.record.with_suffix(".jsonl")
         self.ours = self.record.is_file()
-        self.overwrite, self.sidecars, self.beside = overwrite, sidecars, beside or ()
+        self.overwrite, self.sidecars, self.beside, self.corrected = overwrite, sidecars, beside or (), corrected
         if self.ours and not overwrite:
             self._compare(settings)
         idist.barrier()  # every rank has looked before rank 0 writes, and none goes on before it has written
@@ -148,6 +152,8 @@ class Output:
         item: dict[str, Any] = {"name": name, "bytes": self.path(name).stat().st_size}
         if (size := _size(source)) is not None:
             item["source_bytes"] = size
+            if self.corrected and source is not None:
+                item["source_crc32"] = zlib.crc32(Path(source).read_bytes())
         return json.dumps(item) + "\n"
 
     def done(self, name: str, source: str | None = None) -> bool:
@@ -173,6 +179,8 @@ class Output:
         if there != files:  # one is not there, or cannot be: writing it will say why
             return False
         item = self._listed.get(name, {})
+        if self.corrected:
+            return sizes[0] == item.get("bytes") and (source is None or _made_of(item, source))
         was, now = item.get("source_bytes"), _size(source)
         if was is not None and now is not None and was != now:
             raise UserError(
@@ -180,6 +188,13 @@ class Output:
                 "output_dir, or --overwrite True to replace it"
             )
         return sizes[0] == item.get("bytes") and (not self.sidecars or self.sidecar(name).is_file())
+
+
+def _made_of(item: Mapping[str, Any], source: str) -> bool:
+    """Whether a result was made of this file, as far as the list says."""
+    if item.get("source_bytes") not in (None, _size(source)):
+        return False
+    return "source_crc32" not in item or item["source_crc32"] == zlib.crc32(Path(source).read_bytes())
 
 
 def _size(path: str | None) -> int | None:

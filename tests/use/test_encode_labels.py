@@ -126,8 +126,15 @@ def test_maps_are_added_to_latents_that_are_there(
     assert "1 volumes encoded, 1 were there already, 0 failed" in caplog.text and maps[1].exists()
     last = last_line_of("encode", body_label=None, **options)
     assert "emb: holds results of other settings (body_label was 200, now it is None); give another output_dir" in last
-    Path(content["training"][0]["label"]).write_bytes(b"another map of that name")
-    assert "training0_label.nii.gz: was made of another file of that name" in last_line_of("encode", **options)
+    source = Path(content["training"][0]["label"])
+    corrected = np.asarray(nib.load(source).dataobj).copy()
+    corrected[corrected == corrected.max()] = 77
+    nib.save(nib.Nifti1Image(corrected, nib.load(source).affine, nib.load(source).header), source)
+    assert not (written(maps[0])[0] == 77).any()
+    latents = {path: path.stat().st_mtime_ns for path in folder.glob("*_emb.nii.gz")}
+    run("encode", **options)  # a map that was corrected is made anew, the latents stay
+    assert (written(maps[0])[0] == 77).any()
+    assert latents == {path: path.stat().st_mtime_ns for path in latents}
 
 
 @pytest.mark.parametrize(

@@ -240,3 +240,16 @@ def test_a_result_of_another_volume_of_the_same_name_is_refused(tmp_path: Path) 
     ):
         again.done("v", str(second))
     assert not output(tmp_path / "results", overwrite=True).done("v", str(second))
+
+
+def test_a_source_that_was_corrected_is_another_though_of_the_same_size(tmp_path: Path) -> None:
+    (source := tmp_path / "v.nii").write_bytes(b"one")
+    made = output(tmp_path / "out", corrected=True)
+    make(made, "v")
+    made.finished("v", str(source))
+    assert made.done("v", str(source)) and output(tmp_path / "out", corrected=True).done("v", str(source))
+    for content in (b"two", b"three"):
+        source.write_bytes(content)
+        assert not output(tmp_path / "out", corrected=True).done("v", str(source))
+    source.write_bytes(b"one")
+    assert made.done("v", str(source))
