@@ -44,8 +44,8 @@ class Output:
         overwrite: make results anew that are there already.
         sidecars: whether a result is whole only with its JSON file.
         beside: what follows a volume's name in the other files without which its result is not whole.
-        corrected: whether what results are made of may be corrected, as label maps are: it is known by its content then,
-            and made anew where that is another; otherwise a file of another size is refused.
+        corrected: whether what results are made of may be corrected, as label maps are: it is known by its content
+            then, and made anew where that is another; otherwise a file of another size is refused.
 
     Raises:
         UserError: where the folder holds results of other weights or settings, which `overwrite` replaces.
