@@ -22,6 +22,7 @@ ALL = {variant.name: variant for variant in variants()}
 FEW = [CONFIGURED, STOCK, "cudnn_benchmark on", "cudnn_benchmark off"]  # of the last two there is one
 
 
+@pytest.mark.slow
 def test_a_dry_run_has_figures_for_every_part(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output, without = tmp_path / "out" / "gpu.md", [name for name in ALL if name not in FEW]
     gpu.main("cpu", 1000, output, True, [32], [40, 36, 44], without, 1)

@@ -287,6 +287,7 @@ def test_the_three_files_are_layers(latents: Path, tmp_path: Path) -> None:
     assert (tmp_path / "models" / "mine_checkpoint.pt").exists()
 
 
+@pytest.mark.slow
 def test_the_script_starts_two_ranks_that_train_and_sample(latents: Path, weights: Path, tmp_path: Path) -> None:
     e, c, t = layers(tmp_path, latents, trained_autoencoder_path=str(weights))
     command = [sys.executable, "scripts/train_diffusion.py", "-e", e, "-c", c, "-t", t, "-g", "2"]

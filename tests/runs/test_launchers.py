@@ -38,6 +38,7 @@ def validation(folder: Path) -> dict[str, float]:
     return torch.load(folder / "models" / "checkpoint.pt", weights_only=True)["validations"][-1]
 
 
+@pytest.mark.slow
 def test_validation_is_shared_out_exactly_by_the_guides_call(datalist: Path, tmp_path: Path) -> None:
     content = json.loads(datalist.read_text())
     content["validation"].append(content["training"][0])
@@ -148,6 +149,7 @@ def test_an_error_of_a_rank_is_the_launchers_last_line(datalist: Path, tmp_path:
     assert done.returncode == 1 and printed_last(done) == last
 
 
+@pytest.mark.slow
 def test_the_script_for_chosen_gpus(datalist: Path, tmp_path: Path) -> None:
     script = "scripts/train_vae_ct_gpu.sh"
     venv = str(Path(sys.executable).parent.parent)

@@ -183,6 +183,7 @@ def test_patches_that_a_network_cannot_take_are_refused_each_by_its_knob() -> No
         check([32, 32, 32], [0.5, 64])
 
 
+@pytest.mark.slow
 def test_the_discriminator_learns_before_it_counts_and_disturbs_nothing_before() -> None:
     trainer = make_trainer(batch_size=1, steps=20)
     trainer.discriminator_start = 0.5
