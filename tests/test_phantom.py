@@ -28,8 +28,8 @@ def test_phantoms_are_seeded_and_varied() -> None:
 
 
 def test_the_label_map_says_what_the_volume_shows() -> None:
-    hu, labels = labelled_phantom((96, 80, 96), (4, 4, 4), seed=1)
-    assert np.array_equal(hu, make_phantom((96, 80, 96), (4, 4, 4), seed=1))
+    hu, labels = labelled_phantom((96, 80, 96), (4, 4, 4), seed=4)
+    assert np.array_equal(hu, make_phantom((96, 80, 96), (4, 4, 4), seed=4))
     assert labels.dtype == np.uint8 and set(np.unique(labels)) == set(Label) and Label.BODY == BODY
     bounds = {
         Label.NONE: (-1010, -985), Label.LIVER: (40, 90), Label.AORTA: (120, 170), Label.LEFT_LUNG: (-880, -780),
@@ -42,7 +42,7 @@ def test_the_label_map_says_what_the_volume_shows() -> None:
     assert centre[Label.LEFT_LUNG][0] < 40 and centre[Label.HEART][0] < 47.5 < centre[Label.LIVER][0]
     assert centre[Label.LEFT_RIB][0] < 40 and centre[Label.RIGHT_RIB][0] > 55 and centre[Label.RIGHT_LUNG][0] > 55
     assert centre[Label.SPINAL_CORD][1] < centre[Label.VERTEBRA][1] < centre[Label.HEART][1] < centre[Label.STERNUM][1]
-    assert ((hu > -800) & ~ndimage.binary_dilation(labels > 0, iterations=3)).sum() > 3000  # the table
+    assert ((hu > -700) & ~ndimage.binary_dilation(labels > 0, iterations=3)).sum() > 3000  # the table
 
 
 def test_label_maps_are_written_beside_the_volumes(tmp_path: Path) -> None:

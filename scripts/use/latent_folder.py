@@ -71,7 +71,7 @@ class LatentFolder(Output):
         try:
             whole = [output.done(name, source) for output, source in outputs]
         except UserError:
-            for output in (self, self.labels or self):
+            for output in filter(None, (self, self.labels)):
                 output.forget()
             raise
         return all(whole)

@@ -153,7 +153,7 @@ class Output:
         if (size := _size(source)) is not None:
             item["source_bytes"] = size
             if self.corrected and source is not None:
-                item["source_crc32"] = zlib.crc32(Path(source).read_bytes())
+                item["source_crc32"] = _crc32(source)
         return json.dumps(item) + "\n"
 
     def done(self, name: str, source: str | None = None) -> bool:
@@ -179,22 +179,25 @@ class Output:
         if there != files:  # one is not there, or cannot be: writing it will say why
             return False
         item = self._listed.get(name, {})
-        if self.corrected:
-            return sizes[0] == item.get("bytes") and (source is None or _made_of(item, source))
-        was, now = item.get("source_bytes"), _size(source)
-        if was is not None and now is not None and was != now:
+        same = source is None or _made_of(item, source)
+        if not same and not self.corrected:
             raise UserError(
-                f"{path}: was made of another file of that name ({was} bytes; {source} has {now}); give another "
-                "output_dir, or --overwrite True to replace it"
+                f"{path}: was made of another file of that name ({item['source_bytes']} bytes; {source} has "
+                f"{_size(source)}); give another output_dir, or --overwrite True to replace it"
             )
-        return sizes[0] == item.get("bytes") and (not self.sidecars or self.sidecar(name).is_file())
+        return same and sizes[0] == item.get("bytes") and (not self.sidecars or self.sidecar(name).is_file())
 
 
 def _made_of(item: Mapping[str, Any], source: str) -> bool:
-    """Whether a result was made of this file, as far as the list says."""
-    if item.get("source_bytes") not in (None, _size(source)):
-        return False
-    return "source_crc32" not in item or item["source_crc32"] == zlib.crc32(Path(source).read_bytes())
+    """Whether a result was made of this file, as far as the list says, and the file is there."""
+    now = _size(source)
+    if now is None or item.get("source_bytes") is None:
+        return True
+    return item["source_bytes"] == now and item.get("source_crc32") in (None, _crc32(source))
+
+
+def _crc32(path: str) -> int:
+    return zlib.crc32(Path(path).read_bytes())
 
 
 def _size(path: str | None) -> int | None:
