@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import fcntl
 import json
 import os
 import zlib
@@ -136,6 +138,8 @@ class Output:
         line = self._line(name, source)
         try:
             with self.list.open("a+b", buffering=0) as file:  # one write to the end of the file, whoever else writes
+                with contextlib.suppress(OSError):  # a file system without locks
+                    fcntl.lockf(file, fcntl.LOCK_EX)  # until it is closed: what another rank is writing looks torn
                 end = file.seek(0, os.SEEK_END)
                 torn = end > 0 and os.pread(file.fileno(), 1, end - 1) != b"\n"  # whoever wrote that was killed
                 text = ("\n" if torn else "") + line
